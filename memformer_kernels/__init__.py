@@ -1,0 +1,26 @@
+"""Memformer at speed: memory reading, writing and forgetting, exact memory replay, and the layers and models on top."""
+
+from memformer_kernels.backend import explain
+from memformer_kernels.layers import MemoryProjection, MemoryRead, MemoryWrite
+from memformer_kernels.models import PRESETS, Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, generate
+from memformer_kernels.ops.memory_forget import memory_forget
+from memformer_kernels.ops.memory_read import memory_read
+from memformer_kernels.ops.memory_write import memory_write
+from memformer_kernels.replay import memory_replay
+
+__all__ = [
+    "PRESETS",
+    "Memformer",
+    "MemformerConfig",
+    "MemformerLM",
+    "MemformerLMConfig",
+    "MemoryProjection",
+    "MemoryRead",
+    "MemoryWrite",
+    "explain",
+    "generate",
+    "memory_forget",
+    "memory_read",
+    "memory_replay",
+    "memory_write",
+]

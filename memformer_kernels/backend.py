@@ -1,0 +1,112 @@
+"""Which implementation of an op runs, and why each other does not.
+
+An op lives in `ops/<op>/`. A fused backend is a module there, named `cuda.py` or `triton.py`, that offers
+`unsupported_reason(*call) -> str | None`, `forward` and `backward`; `eager.py` is the definition and runs
+everywhere. Nothing is stored here: the choice is a function of the tensors of the call.
+"""
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from memformer_kernels import checks
+
+FUSED = ("cuda", "triton")  # in order of preference
+BACKENDS = (*FUSED, "eager")
+OPS = ("memory_read", "memory_write", "memory_forget")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def implementation(op: str, backend: str) -> ModuleType | None:
+    """The module `ops/<op>/<backend>.py`, or None where the op has no such backend."""
+    name = f"memformer_kernels.ops.{op}.{backend}"
+    if importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(name)
+
+
+def unsupported_reason(op: str, backend: str, call: tuple) -> str | None:
+    """Why `backend` cannot run `op` on the arguments `call`; None when it can."""
+    if backend == "eager":
+        return None
+    try:
+        module = implementation(op, backend)
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    if module is None:
+        return f"{op} has no {backend} kernel in this version"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms are active; only eager composes with them"
+    return module.unsupported_reason(*call)
+
+
+def choose(op: str, requested: str, call: tuple) -> str:
+    """The backend that runs. A named backend runs or raises; "auto" takes the first fused one that can."""
+    if requested not in ("auto", *BACKENDS):
+        checks.fail(op, "backend", f"be one of {', '.join(('auto', *BACKENDS))}", repr(requested))
+    if requested == "eager":
+        return "eager"
+    if requested != "auto":
+        reason = unsupported_reason(op, requested, call)
+        if reason is not None:
+            raise NotImplementedError(f"{op}: backend {requested!r} cannot run this call: {reason}")
+        return requested
+    for backend in FUSED:
+        if unsupported_reason(op, backend, call) is None:
+            return backend
+    if not torch.compiler.is_compiling() and any(isinstance(a, Tensor) and a.is_cuda for a in call):
+        _warn_eager_on_gpu(op)
+    return "eager"
+
+
+@functools.cache
+def _warn_eager_on_gpu(op: str) -> None:
+    warnings.warn(
+        f"{op}: no fused kernel can run this call on the GPU, so the eager reference does; "
+        f"memformer_kernels.explain({op!r}, ...) says why. This is said once.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: `backend` runs; `reasons` holds, for each backend, why it cannot, or None."""
+
+    op: str
+    backend: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} runs on {self.backend}"]
+        for backend, reason in self.reasons.items():
+            if backend != self.backend:
+                lines.append(f"  not {backend}: {reason or 'it can run, but is not the one chosen'}")
+        return "\n".join(lines)
+
+
+def explain(op: str | Callable, *tensors: Tensor, **options: object) -> Explanation:
+    """Says which backend `op(*tensors, **options)` would run on, and why each other does not.
+
+    `op` is one of the ops or its name. The arguments are checked as a call would check them; nothing is computed.
+
+    >>> print(explain("memory_forget", slots, bias))
+    memory_forget runs on eager
+      not cuda: slots must be on a CUDA device, got cpu
+      not triton: memory_forget has no triton kernel in this version
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPS:
+        checks.fail("explain", "op", f"be one of {', '.join(OPS)}", repr(name))
+    requested = options.pop("backend", "auto")
+    call = importlib.import_module(f"memformer_kernels.ops.{name}.api").prepare(*tensors, **options)
+    reasons = {backend: unsupported_reason(name, backend, call) for backend in BACKENDS}
+    return Explanation(name, choose(name, requested, call), reasons)

@@ -1,0 +1,8 @@
+"""Whole models."""
+
+from memformer_kernels.models.config import PRESETS, MemformerConfig, MemformerLMConfig
+from memformer_kernels.models.generation import generate
+from memformer_kernels.models.memformer import Memformer
+from memformer_kernels.models.memformer_lm import MemformerLM
+
+__all__ = ["PRESETS", "Memformer", "MemformerConfig", "MemformerLM", "MemformerLMConfig", "generate"]

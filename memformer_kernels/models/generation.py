@@ -1,0 +1,67 @@
+"""Sampling from a model, token after token, with the memory carried: any length, constant memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompt: Tensor,
+    length: int,
+    *,
+    decoding: Any = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Any]:
+    """Continues a prompt.
+
+    Args:
+        model: a `MemformerLM` or `Memformer`, in evaluation mode.
+        prompt: integer [B, P], P >= 1, any length: whole segments of it are read in parallel.
+        length: tokens to make.
+        decoding: what an earlier call returned, to go on from there: `prompt` then follows what that call read. The
+            last token that a call returns has not been read yet: it belongs at the start of the next prompt.
+        temperature: 0 takes the most likely token.
+        top_k: sample among the k most likely only.
+        generator: the source of randomness; PyTorch's default one otherwise.
+
+    Returns:
+        The new tokens [B, length], and the decoding to go on from.
+    """
+    if prompt.dim() != 2 or prompt.shape[1] == 0:
+        raise ValueError(f"generate: prompt must be [B, P] with P >= 1, got {list(prompt.shape)}")
+    if length < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            f"generate: length and temperature must be at least 0 and top_k at least 1, got {length}, {temperature}, {top_k}"
+        )
+    if decoding is None:
+        decoding = model.start(prompt.shape[0])
+    logits = _read(model, prompt, decoding)
+    made = prompt.new_empty(prompt.shape[0], length)
+    for i in range(length):
+        made[:, i] = token = _sample(logits, temperature, top_k, generator)
+        if i + 1 < length:
+            logits = model.extend(token[:, None], decoding)[:, -1]
+    return made, decoding
+
+
+def _read(model, prompt: Tensor, decoding: Any) -> Tensor:
+    while prompt.shape[1]:
+        room = model.config.segment_length - decoding.position
+        logits = model.extend(prompt[:, :room], decoding)[:, -1]
+        prompt = prompt[:, room:]
+    return logits
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, -1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

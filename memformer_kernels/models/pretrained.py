@@ -1,0 +1,60 @@
+"""Saving and loading: weights as `model.safetensors`, the configuration as `config.json`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from memformer_kernels.state import files
+
+Model = TypeVar("Model", bound="Pretrained")
+
+
+class Pretrained(nn.Module):
+    """A model with a configuration dataclass, `config_class`, and `save_pretrained` / `from_pretrained`."""
+
+    config_class: type
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors` into the folder `path`, each atomically."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        config = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
+        files.save_tensors(path / "model.safetensors", self.state_dict(), {"kind": type(self).__name__})
+        files.write_atomically(path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(cls: type[Model], path: str | Path) -> Model:
+        """The model that `save_pretrained` wrote; raises `StateFileError` for a damaged or foreign one."""
+        path = Path(path)
+        model = cls(cls.load_config(path / "config.json"))
+        weights, _ = files.load_tensors(path / "model.safetensors", kind=cls.__name__, expected=model.state_dict())
+        model.load_state_dict(weights)
+        return model
+
+    @classmethod
+    def load_config(cls, path: Path):
+        try:
+            fields = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise files.StateFileError(f"{path}: cannot be read as a configuration: {error}") from None
+        name = fields.pop("model", None) if isinstance(fields, dict) else None
+        if name != cls.__name__:
+            raise files.StateFileError(f"{path}: field 'model' must be {cls.__name__!r}, got {name!r}")
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        if unknown := sorted(set(fields) - known):
+            raise files.StateFileError(f"{path}: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        return cls.config_class(**fields)
+
+    def check_segment(self, tokens: Tensor) -> None:
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__}: tokens must be integer [B, L], got {tokens.dtype} {list(tokens.shape)}"
+            )
+        if tokens.shape[1] > self.config.segment_length:
+            raise ValueError(
+                f"{type(self).__name__}: tokens must hold at most segment_length = {self.config.segment_length} "
+                f"a segment, got {tokens.shape[1]}"
+            )

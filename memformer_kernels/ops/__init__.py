@@ -1,0 +1,1 @@
+"""The operations of the package, one folder each."""

@@ -1,0 +1,138 @@
+"""`memory_write` in plain PyTorch: the definition, and the forward and backward that every kernel mirrors.
+
+    s0 = scale * rowdot(query, own_key)      s = scale * query @ key^T, -inf where hidden     [B, H, M], [B, H, M, L]
+    p0, p = softmax([s0 ; s])                u = p0 * heads(slots) + p @ value                lse = log sum exp [s0 ; s]
+    output = normalise(merge(u) + bias), or merge(u) without a bias
+
+    du    = heads(grad through the normalisation)     Delta = rowdot(du, u)
+    ds0   = p0 * (rowdot(du, heads(slots)) - Delta)   ds    = p * (du @ value^T - Delta)
+    grad_query   = scale * (ds @ key + ds0 * own_key) grad_own_key = scale * ds0 * query
+    grad_key     = scale * ds^T @ query               grad_value   = p^T @ du
+    grad_slots   = merge(p0 * du)                     grad_bias    = sum over B of du, merged
+"""
+
+import torch
+from torch import Tensor
+
+from memformer_kernels.ops.normalisation import normalise, normalise_backward
+from memformer_kernels.ops.precision import wide
+
+
+def memory_write(
+    query: Tensor,
+    own_key: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    token_mask: Tensor | None,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    """The definition; autograd differentiates it, to any order. `scale` includes the temperature."""
+    attended = _attend(query, own_key, slots, key, value, token_mask, scale)[0]
+    if bias is None:
+        return attended.to(slots.dtype)
+    return normalise(attended + wide(bias), eps)[0].to(slots.dtype)
+
+
+def forward(
+    query: Tensor,
+    own_key: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    token_mask: Tensor | None,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(output, attended, log_sum_exp, inv_norm)`: u [B, M, C], lse [B, H, M] and 1 / norm [B, M], in float32."""
+    with torch.no_grad():
+        attended, log_sum_exp = _attend(query, own_key, slots, key, value, token_mask, scale)
+        output, inv_norm = attended, attended.new_ones(attended.shape[:2])
+        if bias is not None:
+            output, inv_norm = normalise(attended + wide(bias), eps)
+        return output.to(slots.dtype, copy=True), attended, log_sum_exp, inv_norm
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    own_key: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    token_mask: Tensor | None,
+    attended: Tensor,
+    log_sum_exp: Tensor,
+    inv_norm: Tensor,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, own_key, slots, key, value and bias (an empty tensor when there is no bias)."""
+    grad_z = wide(grad)
+    grad_bias = grad.new_empty(0)
+    if bias is not None:
+        grad_z = normalise_backward(grad_z, attended + wide(bias), inv_norm, eps)
+        grad_bias = grad_z.sum(0).to(bias.dtype)
+    heads = query.shape[1]
+    q, k0, k, v = wide(query), wide(own_key), wide(_visible(key, token_mask)), wide(_visible(value, token_mask))
+    m, u, du = (_split(wide(t), heads) for t in (slots, attended, grad_z))
+    delta = (du * u).sum(-1)
+    p0 = (scale * (q * k0).sum(-1) - log_sum_exp).exp()
+    p = _hide(scale * (q @ k.mT), token_mask).sub(log_sum_exp.unsqueeze(-1)).exp()
+    ds0 = (scale * p0 * ((du * m).sum(-1) - delta)).unsqueeze(-1)
+    ds = scale * p * (du @ v.mT - delta.unsqueeze(-1))
+    grad_slots = _keep_own(p0.unsqueeze(-1) * du, du, token_mask)
+    grad_query, grad_own_key = ds @ k + ds0 * k0, ds0 * q
+    if token_mask is not None:
+        nothing_seen = ~token_mask.any(-1)[:, None, None, None]
+        grad_query, grad_own_key = grad_query.masked_fill(nothing_seen, 0), grad_own_key.masked_fill(nothing_seen, 0)
+    return (
+        grad_query.to(query.dtype),
+        grad_own_key.to(own_key.dtype),
+        _merge(grad_slots).to(slots.dtype),
+        _visible(ds.mT @ q, token_mask).to(key.dtype),
+        _visible(p.mT @ du, token_mask).to(value.dtype),
+        grad_bias,
+    )
+
+
+def _attend(
+    query: Tensor, own_key: Tensor, slots: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`(u, lse)`: what the slots attend to, [B, M, C], and the log-sum-exp of its 1 + L logits, [B, H, M]."""
+    q, k0, k, v = wide(query), wide(own_key), wide(_visible(key, token_mask)), wide(_visible(value, token_mask))
+    own = _split(wide(slots), query.shape[1])
+    own_logit = scale * (q * k0).sum(-1, keepdim=True)
+    logits = torch.cat([own_logit, _hide(scale * (q @ k.mT), token_mask)], -1)
+    weights = logits.softmax(-1)
+    attended = weights[..., :1] * own + weights[..., 1:] @ v if k.shape[2] else own
+    return _merge(_keep_own(attended, own, token_mask)), logits.logsumexp(-1)
+
+
+def _keep_own(written: Tensor, own: Tensor, token_mask: Tensor | None) -> Tensor:
+    """`own` where a batch row has no visible token: exact to the sign of zero, which a sum with 0 is not."""
+    if token_mask is None:
+        return written
+    return own.where(~token_mask.any(-1)[:, None, None, None], written)
+
+
+def _visible(tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Hidden tokens as zeros: their weight is 0, but 0 * NaN is not."""
+    return tokens if token_mask is None else tokens.masked_fill(~token_mask[:, None, :, None], 0)
+
+
+def _hide(logits: Tensor, token_mask: Tensor | None) -> Tensor:
+    return logits if token_mask is None else logits.masked_fill(~token_mask[:, None, None, :], float("-inf"))
+
+
+def _split(merged: Tensor, heads: int) -> Tensor:
+    """[B, M, C] to [B, H, M, D]; head h takes chunk h."""
+    return merged.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge(split: Tensor) -> Tensor:
+    return split.transpose(1, 2).flatten(-2)
