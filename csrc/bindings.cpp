@@ -1,0 +1,98 @@
+// memformer_kernels._C: the table of contents of the compiled module.
+//
+// Tensors arrive as addresses and strides in elements; the Python side has checked and allocated them. Nothing here
+// knows PyTorch, so one build serves every version of it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "memformer_kernels/memory_forget.h"
+
+namespace py = pybind11;
+namespace mk = memformer_kernels;
+
+namespace {
+
+using Address = uintptr_t;
+using Stride2 = std::array<int64_t, 2>;
+using Stride3 = std::array<int64_t, 3>;
+
+template <typename T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(const char* function, cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(function) + ": CUDA error: " + cudaGetErrorString(error));
+  }
+}
+
+void memory_forget_forward(int dtype, Address slots, Stride3 slots_stride, Address bias, Stride2 bias_stride,
+                           Address output, Address inv_norm, int64_t B, int64_t M, int C, float inv_eps,
+                           Address stream) {
+  const mk::MemoryForgetForwardParams params{
+      .dtype = static_cast<mk::DType>(dtype),
+      .slots = pointer(slots),
+      .slots_stride = {slots_stride[0], slots_stride[1], slots_stride[2]},
+      .bias = pointer(bias),
+      .bias_stride = {bias_stride[0], bias_stride[1]},
+      .output = pointer(output),
+      .inv_norm = pointer<float>(inv_norm),
+      .B = B,
+      .M = M,
+      .C = C,
+      .inv_eps = inv_eps,
+      .stream = reinterpret_cast<cudaStream_t>(stream),
+  };
+  check("memory_forget_forward", mk::memory_forget_forward(&params));
+}
+
+void memory_forget_backward(int dtype, Address grad_output, Stride3 grad_output_stride, Address slots,
+                            Stride3 slots_stride, Address bias, Stride2 bias_stride, Address inv_norm,
+                            Address grad_slots, Address grad_bias, Address partial, int64_t groups, int64_t group_size,
+                            int64_t B, int64_t M, int C, float inv_eps, Address stream) {
+  const mk::MemoryForgetBackwardParams params{
+      .dtype = static_cast<mk::DType>(dtype),
+      .grad_output = pointer(grad_output),
+      .grad_output_stride = {grad_output_stride[0], grad_output_stride[1], grad_output_stride[2]},
+      .slots = pointer(slots),
+      .slots_stride = {slots_stride[0], slots_stride[1], slots_stride[2]},
+      .bias = pointer(bias),
+      .bias_stride = {bias_stride[0], bias_stride[1]},
+      .inv_norm = pointer<const float>(inv_norm),
+      .grad_slots = pointer(grad_slots),
+      .grad_bias = pointer(grad_bias),
+      .partial = pointer<float>(partial),
+      .groups = groups,
+      .group_size = group_size,
+      .B = B,
+      .M = M,
+      .C = C,
+      .inv_eps = inv_eps,
+      .stream = reinterpret_cast<cudaStream_t>(stream),
+  };
+  check("memory_forget_backward", mk::memory_forget_backward(&params));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  const auto release_gil = py::call_guard<py::gil_scoped_release>();
+
+  module.doc() = "CUDA kernels of memformer_kernels. Called by ops/<op>/cuda.py; addresses are not checked here.";
+  module.attr("architectures") = MEMFORMER_KERNELS_ARCHITECTURES;
+  constexpr int kMajor = CUDART_VERSION / 1000, kMinor = CUDART_VERSION % 1000 / 10;
+  module.attr("cuda_version") = std::to_string(kMajor) + "." + std::to_string(kMinor);
+
+  module.attr("float32") = static_cast<int>(mk::DType::kFloat32);
+  module.attr("float16") = static_cast<int>(mk::DType::kFloat16);
+  module.attr("bfloat16") = static_cast<int>(mk::DType::kBFloat16);
+
+  module.attr("memory_forget_max_width") = mk::kMemoryForgetMaxC;
+  module.def("memory_forget_forward", memory_forget_forward, release_gil);
+  module.def("memory_forget_backward", memory_forget_backward, release_gil);
+}

@@ -1,0 +1,194 @@
+"""The package installs with nvcc, without it and around a kernel that does not compile, and says which it was.
+
+Every installation is a real `pip install` of a copy of the tree into an environment of its own, which borrows the
+packages of this one.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "csrc", "memformer_kernels")
+BROKEN_KERNEL = "csrc/memory_forget_forward.cu"
+OUTPUTS = ("*.so", "_build_info.json", "__pycache__")
+
+
+def nvcc():
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    return shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ["PATH"]]))
+
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc is neither on PATH nor in CUDA_HOME")
+
+
+def copy_tree(destination: Path) -> Path:
+    destination.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, destination / name, ignore=shutil.ignore_patterns(*OUTPUTS))
+        elif (ROOT / name).exists():
+            shutil.copy2(ROOT / name, destination / name)
+    return destination
+
+
+def variables(with_nvcc: bool, **extra: str) -> dict[str, str]:
+    """The environment of a build. Without nvcc, PATH keeps what does not hold it, and CUDA_HOME leads nowhere."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEMFORMER_", "PYTHON"))}
+    path = [str(Path(sys.executable).parent), *kept["PATH"].split(os.pathsep)]  # the first holds ninja
+    if not with_nvcc:
+        path = [folder for folder in path if not Path(folder, "nvcc").exists()]
+        kept |= {"CUDA_HOME": "/nonexistent", "CUDA_PATH": "/nonexistent"}
+    return kept | {"PATH": os.pathsep.join(path)} | extra
+
+
+def new_python(folder: Path) -> Path:
+    """An environment without packages of its own, that sees those of this one after them."""
+    venv.create(folder, symlinks=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    borrowed = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    (site_packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    return folder / "bin" / "python"
+
+
+def install(python: Path, tree: Path, environment: dict[str, str], editable: bool = False) -> str:
+    options = "--no-build-isolation --no-deps --no-index --ignore-installed --disable-pip-version-check --no-cache-dir"
+    target = ["-e", str(tree)] if editable else [str(tree)]
+    command = [python, "-m", "pip", "install", *options.split(), *target]
+    result = subprocess.run(command, env=environment, cwd=tree.parent, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    if result.returncode != 0:
+        raise RuntimeError(output)
+    return output
+
+
+def report(python: Path) -> dict:
+    """What the installed package says of its compiled module."""
+    code = "import json; from memformer_kernels import _extension; print(json.dumps(_extension.report()))"
+    command = [python, "-c", code]
+    return json.loads(subprocess.run(command, cwd=python.parent, check=True, capture_output=True, text=True).stdout)
+
+
+def build_in_place(tree: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A tree whose module has been compiled once, in place. Tests that change it take a copy."""
+    tree = copy_tree(tmp_path_factory.mktemp("built") / "tree")
+    result = build_in_place(tree, variables(with_nvcc=True, MEMFORMER_KERNELS_CUDA="1"))
+    assert result.returncode == 0, result.stderr
+    return tree
+
+
+@needs_nvcc
+@pytest.mark.parametrize("editable", [False, True])
+def test_installs_with_nvcc(built, tmp_path, editable):
+    python = new_python(tmp_path / "environment")
+    install(python, built, variables(with_nvcc=True), editable)
+    got = report(python)
+    assert got["loaded"] and got["reason"] is None
+    assert Path(got["path"]).is_relative_to(built if editable else tmp_path)
+    assert got["architectures"] == "80;90a"
+    release = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+    assert f"release {got['cuda_version']}," in release
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_installs_without_nvcc_and_says_so(tmp_path, editable):
+    python = new_python(tmp_path / "environment")
+    install(python, copy_tree(tmp_path / "tree"), variables(with_nvcc=False), editable)
+    got = report(python)
+    assert not got["loaded"]
+    assert got["reason"] == "the CUDA kernels are not compiled: no nvcc on PATH or in CUDA_HOME"
+
+
+@needs_nvcc
+def test_goes_on_when_a_kernel_does_not_compile(built, tmp_path):
+    tree = broken(built, tmp_path)
+    python = new_python(tmp_path / "environment")
+    install(python, tree, variables(with_nvcc=True))
+    got = report(python)
+    assert not got["loaded"]
+    assert re.search(r"not compiled: the compiler failed: .*memory_forget_forward\.cu\(1\): error", got["reason"])
+
+
+@needs_nvcc
+def test_fails_when_told_to_build_and_a_kernel_does_not_compile(built, tmp_path):
+    result = build_in_place(broken(built, tmp_path), variables(with_nvcc=True, MEMFORMER_KERNELS_CUDA="1"))
+    assert result.returncode != 0
+    assert "MEMFORMER_KERNELS_CUDA is 1, but the compiler failed" in result.stderr
+
+
+def broken(built: Path, tmp_path: Path) -> Path:
+    tree = shutil.copytree(built, tmp_path / "tree")
+    kernel = tree / BROKEN_KERNEL
+    kernel.write_text("this is no C++;\n" + kernel.read_text())
+    return tree
+
+
+def test_fails_when_told_to_build_without_nvcc(tmp_path):
+    result = build_in_place(copy_tree(tmp_path / "tree"), variables(with_nvcc=False, MEMFORMER_KERNELS_CUDA="1"))
+    assert result.returncode != 0
+    assert "MEMFORMER_KERNELS_CUDA is 1, but no nvcc on PATH or in CUDA_HOME" in result.stderr
+
+
+@needs_nvcc
+def test_a_module_of_an_earlier_build_does_not_stay(built, tmp_path):
+    tree = shutil.copytree(built, tmp_path / "tree")
+    assert list(tree.glob("memformer_kernels/_C.*"))
+    result = build_in_place(tree, variables(with_nvcc=True, MEMFORMER_KERNELS_CUDA="0"))
+    assert result.returncode == 0, result.stderr
+    assert not list(tree.rglob("memformer_kernels/_C.*"))
+    info = json.loads((tree / "memformer_kernels/_build_info.json").read_text())
+    assert not info["built"] and info["reason"] == "MEMFORMER_KERNELS_CUDA=0 at installation"
+
+
+@needs_nvcc
+def test_a_second_build_compiles_nothing(built, tmp_path):
+    tree = shutil.copytree(built, tmp_path / "tree")
+    result = build_in_place(tree, variables(with_nvcc=True, MEMFORMER_KERNELS_CUDA="1"))
+    assert "no work to do" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MEMFORMER_KERNELS_CUDA", "yes", "MEMFORMER_KERNELS_CUDA must be auto, 1 or 0, got 'yes'"),
+        ("MEMFORMER_KERNELS_ARCHS", "sm_90", "MEMFORMER_KERNELS_ARCHS must look like \"80;90a\", got 'sm_90'"),
+    ],
+)
+def test_refuses_a_variable_it_does_not_understand(tmp_path, name, value, message):
+    result = build_in_place(copy_tree(tmp_path / "tree"), variables(with_nvcc=False, **{name: value}))
+    assert result.returncode != 0 and message in result.stderr
+
+
+def test_source_distribution_can_build(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats", "tar", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=tree, env=variables(with_nvcc=False), check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    expected = [path.relative_to(tree) for path in (tree / "csrc").rglob("*") if path.is_file()]
+    assert all((unpacked / path).exists() for path in [*expected, "setup.py", "memformer_kernels/py.typed"])
+    assert not list(unpacked.rglob("*.so"))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("kernel", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
+def test_no_kernel_spills_registers(kernel, tmp_path):
+    command = [nvcc(), "-std=c++20", "-O3", "-Xptxas", "-v", "-gencode=arch=compute_90a,code=sm_90a", "-cubin"]
+    command += [f"-I{ROOT}/csrc/include", str(ROOT / "csrc" / kernel), "-o", str(tmp_path / "kernel.cubin")]
+    resources = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", resources)
+    assert spills and set(spills) == {("0", "0", "0")}
