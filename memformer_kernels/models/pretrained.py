@@ -36,11 +36,8 @@ class Pretrained(nn.Module):
 
     @classmethod
     def load_config(cls, path: Path):
-        try:
-            fields = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise files.StateFileError(f"{path}: cannot be read as a configuration: {error}") from None
-        name = fields.pop("model", None) if isinstance(fields, dict) else None
+        fields = _read_config(path)
+        name = fields.pop("model")
         if name != cls.__name__:
             raise files.StateFileError(f"{path}: field 'model' must be {cls.__name__!r}, got {name!r}")
         known = {field.name for field in dataclasses.fields(cls.config_class)}
@@ -58,3 +55,18 @@ class Pretrained(nn.Module):
                 f"{type(self).__name__}: tokens must hold at most segment_length = {self.config.segment_length} "
                 f"a segment, got {tokens.shape[1]}"
             )
+
+
+def model_name(folder: str | Path) -> str:
+    """The class of the model that lies in a folder, by name."""
+    return _read_config(Path(folder) / "config.json")["model"]
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise files.StateFileError(f"{path}: cannot be read as a configuration: {error}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model"), str):
+        raise files.StateFileError(f"{path}: field 'model' must name a model, got none")
+    return fields

@@ -64,7 +64,7 @@ def load_tensors(
         if _digest(name, tensor) != digests[name]:
             raise StateFileError(f"{path}: damaged: tensor {name!r} does not match its SHA-256")
     if expected is not None:
-        _check_expected(path, tensors, expected)
+        check_expected(path, tensors, expected)
     return tensors, header
 
 
@@ -83,7 +83,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
-def _check_expected(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_expected(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             want, got = ("no such tensor", "one") if name in tensors else ("a tensor", "none")

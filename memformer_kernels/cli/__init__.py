@@ -1,0 +1,17 @@
+"""The command line, `memformer-kernels`. `doctor` runs with nothing but torch; the rest needs the extra `cli`."""
+
+import sys
+
+
+def main() -> None:
+    try:
+        from memformer_kernels.cli.app import run
+    except ImportError as error:
+        if sys.argv[1:2] == ["doctor"]:
+            from memformer_kernels.cli.doctor import report
+
+            print(report())
+            return
+        print(f"error: the command line needs more packages ({error}): pip install 'memformer-kernels[cli]'", file=sys.stderr)
+        sys.exit(2)
+    run()

@@ -1,0 +1,3 @@
+from memformer_kernels.cli import main
+
+main()

@@ -1,0 +1,40 @@
+"""`generate`: a trained model continues a prompt of bytes."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from memformer_kernels.models import Memformer, MemformerLM, generate as continue_prompt
+from memformer_kernels.models.pretrained import model_name
+
+CHUNK = 64  # bytes between two writes to the terminal
+
+
+def generate(
+    folder: Path, prompt: bytes, length: int, temperature: float, top_k: int | None, seed: int, device: torch.device
+) -> None:
+    if not prompt:
+        raise ValueError("generate: the prompt must hold at least one byte")
+    models = {cls.__name__: cls for cls in (MemformerLM, Memformer)}
+    name = model_name(folder)
+    model = models[name].from_pretrained(folder).to(device).eval()
+    if model.config.vocabulary != 256:
+        raise ValueError(f"{folder}: is a model of {model.config.vocabulary} tokens, not of bytes (256)")
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.tensor([list(prompt)], device=device)
+    decoding = None
+    _write(prompt)
+    while length > 0:
+        chunk = min(CHUNK, length)
+        made, decoding = continue_prompt(
+            model, tokens, chunk, decoding=decoding, temperature=temperature, top_k=top_k, generator=generator
+        )
+        _write(bytes(made[0].tolist()))
+        tokens, length = made[:, -1:], length - chunk
+    _write(b"\n")
+
+
+def _write(content: bytes) -> None:
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()

@@ -1,0 +1,150 @@
+"""A training run in a folder: metrics, checkpoints, a picture; stopped at any moment, it can go on.
+
+    <folder>/metrics.jsonl            one line a report: step, loss, tokens/s, and at validations the task's figures
+    <folder>/checkpoint.safetensors   all that the rest of the run depends on
+    <folder>/config.json, model.safetensors   the model, for `MemformerLM.from_pretrained`
+    <folder>/loss.png                 the curves
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from memformer_kernels.state import files
+from memformer_kernels.training.trainer import Trainer
+
+Report = Callable[[dict], None]
+
+
+class Interrupted(Exception):
+    """The run was stopped by Ctrl-C, after saving."""
+
+
+class RunFolder:
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoint = path / "checkpoint.safetensors"
+        self.metrics = path / "metrics.jsonl"
+
+    def check(self, resume: bool) -> None:
+        """A run that lies here is never overwritten."""
+        if self.checkpoint.exists() and not resume:
+            raise FileExistsError(f"{self.path}: holds a run already; --resume goes on with it, --out names another folder")
+
+    def start(self, trainer: Trainer, resume: bool) -> None:
+        """Takes up the run that lies here, or begins one."""
+        self.check(resume)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if resume and self.checkpoint.exists():
+            trainer.load(self.checkpoint)
+        self._forget_after(trainer.step_count)
+
+    def save(self, trainer: Trainer) -> None:
+        trainer.save(self.checkpoint)
+        trainer.model.save_pretrained(self.path)
+
+    def log(self, row: dict) -> None:
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict]:
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def _forget_after(self, step: int) -> None:
+        """Rows written after the checkpoint belong to steps that will be made again."""
+        kept = [row for row in self.rows() if row["step"] <= step and not row.get("final")]
+        files.write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+def run(
+    trainer: Trainer,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    report: Report = lambda row: None,
+    report_every: int = 10,
+    validate_every: int = 250,
+    save_every: int = 250,
+    time_limit: float | None = None,
+) -> dict[str, float]:
+    """Trains to the end, or until `time_limit` seconds have passed, and returns the last validation, on all of it.
+
+    `report` gets every row of the metrics. Ctrl-C finishes the step, saves and raises `Interrupted`; a second Ctrl-C
+    stops at once, with the last checkpoint intact.
+    """
+    folder.start(trainer, resume)
+    clock = _Clock(trainer)
+    with _CtrlC() as ctrl_c:
+        while not trainer.done:
+            loss = trainer.step()
+            last = trainer.done or clock.elapsed > (time_limit or float("inf"))
+            if last or trainer.step_count % report_every == 0:
+                row = {"step": trainer.step_count, "loss": loss, "tokens_per_second": clock.rate()}
+                if not last and trainer.step_count % validate_every == 0:
+                    row |= trainer.validate()
+                    clock.pause()
+                folder.log(row)
+                report(row)
+            if ctrl_c.pressed or (not last and trainer.step_count % save_every == 0):
+                folder.save(trainer)
+            if ctrl_c.pressed:
+                raise Interrupted(f"saved after step {trainer.step_count} of {trainer.settings.steps}")
+            if last:
+                break
+        figures = trainer.validate(everything=True)
+        row = {"step": trainer.step_count, "final": True, "seconds": round(clock.elapsed, 1), **figures}
+        folder.log(row)
+        report(row)
+        folder.save(trainer)
+    return figures
+
+
+class _Clock:
+    """Tokens per second since the last look, and seconds since the start, validation included."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.started = trainer, time.perf_counter()
+        self.pause()
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def pause(self) -> None:
+        self.since, self.step = time.perf_counter(), self.trainer.step_count
+
+    def rate(self) -> float:
+        t = self.trainer
+        if t.device.type == "cuda":
+            torch.cuda.synchronize(t.device)
+        steps = range(self.step, t.step_count)
+        tokens = sum(t.settings.horizon(s) for s in steps) * t.settings.batch * t.task.length
+        seconds = time.perf_counter() - self.since
+        self.pause()
+        return round(tokens / seconds, 1)
+
+
+class _CtrlC:
+    """Ctrl-C as a wish, so that a step is never cut in the middle; the second one is the usual exception."""
+
+    def __enter__(self) -> "_CtrlC":
+        self.pressed = False
+        try:
+            self.before = signal.signal(signal.SIGINT, self._press)
+        except ValueError:  # not the main thread: Ctrl-C does not come here
+            self.before = None
+        return self
+
+    def _press(self, *_) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)

@@ -1,0 +1,83 @@
+"""The tasks a model can be trained on: where rollouts come from, and how the model is judged."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from memformer_kernels.data import Lanes, RecallTask, Text
+from memformer_kernels.models import MemformerLM
+
+
+class TextTask:
+    """Predict the next byte. The memory runs on from rollout to rollout; judged in bits per byte."""
+
+    unit = "bits per byte"
+    carries_memory = True
+    better = min
+
+    def __init__(self, text: Text, batch: int, length: int, device: torch.device, validation_bytes: int = 200_000):
+        self.lanes = Lanes(text.train.to(device), batch, length)
+        self.validation = text.validation.to(device)
+        self.length, self.validation_bytes = length, validation_bytes
+
+    def rollout(self, horizon: int) -> list[tuple[Tensor, Tensor]]:
+        return self.lanes.rollout(horizon)
+
+    def state(self) -> dict:
+        return {"position": self.lanes.position}
+
+    def load_state(self, state: dict) -> None:
+        self.lanes.position = int(state["position"])
+
+    @torch.no_grad()
+    def validate(self, model: MemformerLM, *, reset: bool, everything: bool = False) -> float:
+        """Bits per byte of the held-out files, read in 32 lanes with the memory carried, or reset at each segment."""
+        batch = min(32, max(1, len(self.validation) // (2 * self.length)))
+        available = (len(self.validation) // batch - 1) // self.length
+        wanted = max(1, self.validation_bytes // (batch * self.length))
+        segments = max(1, available if everything else min(available, wanted))
+        lanes = Lanes(self.validation, batch, self.length)
+        memory = initial = model.initial_memory(batch)
+        total = torch.zeros((), dtype=torch.float64)
+        for _ in range(segments):
+            (segment,) = lanes.rollout(1)
+            loss, memory = model.loss(segment, initial if reset else memory)
+            total += loss.double().cpu()
+        return (total / segments).item() / math.log(2)
+
+
+class RecallTraining:
+    """Recall a symbol across segments; judged by accuracy on 256 new rollouts of the longest horizon."""
+
+    unit = "accuracy"
+    carries_memory = False
+    better = max
+
+    def __init__(self, batch: int, length: int, horizon: int, device: torch.device, seed: int):
+        self.task, self.length, self.horizon, self.device = RecallTask(batch, length), length, horizon, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def rollout(self, horizon: int) -> list[tuple[Tensor, Tensor]]:
+        return self._to_device(self.task.rollout(horizon, self.generator))
+
+    def state(self) -> dict:
+        return {"generator": self.generator.get_state().tolist()}
+
+    def load_state(self, state: dict) -> None:
+        self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
+
+    @torch.no_grad()
+    def validate(
+        self, model: MemformerLM, *, reset: bool, everything: bool = False, horizon: int | None = None
+    ) -> float:
+        batch = 1024 if everything else 256
+        task = RecallTask(batch, self.length)
+        generator = torch.Generator().manual_seed(2**31 - 1)
+        memory = initial = model.initial_memory(batch)
+        for tokens, targets in self._to_device(task.rollout(horizon or self.horizon, generator)):
+            logits, memory = model(tokens, initial if reset else memory)
+        return (logits[:, -1, :].argmax(-1) == targets[:, -1]).double().mean().item()
+
+    def _to_device(self, segments):
+        return [(tokens.to(self.device), targets.to(self.device)) for tokens, targets in segments]
