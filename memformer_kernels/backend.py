@@ -2,7 +2,7 @@
 
 An op lives in `ops/<op>/`. A fused backend is a module there, named `cuda.py` or `triton.py`, that offers
 `unsupported_reason(*call) -> str | None`, `forward` and `backward`; `eager.py` is the definition and runs
-everywhere. Nothing is stored here: the choice is a function of the tensors of the call.
+everywhere. The choice is a function of the tensors of the call and of nothing that is stored here.
 """
 
 import functools
@@ -23,26 +23,43 @@ BACKENDS = (*FUSED, "eager")
 OPS = ("memory_read", "memory_write", "memory_forget")
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def implementation(op: str, backend: str) -> ModuleType | None:
-    """The module `ops/<op>/<backend>.py`, or None where the op has no such backend."""
+# Per op and backend its module, the reason why it cannot be imported, or None where there is none: what the package's
+# files say, looked up once. All at once, because `torch.compile` sees a dictionary as it was at its first look.
+_implementations: dict[tuple[str, str], ModuleType | str | None] = {}
+
+
+def implementation(op: str, backend: str) -> ModuleType | str | None:
+    """The module `ops/<op>/<backend>.py`; a string that says why it cannot be imported; None where there is none."""
+    _look_up_implementations()
+    return _implementations[op, backend]
+
+
+@torch.compiler.assume_constant_result  # an import cannot be traced, nor can this hand out a module
+def _look_up_implementations() -> bool:
+    if not _implementations:
+        _implementations.update({(op, backend): _import(op, backend) for op in OPS for backend in BACKENDS})
+    return True
+
+
+def _import(op: str, backend: str) -> ModuleType | str | None:
     name = f"memformer_kernels.ops.{op}.{backend}"
     if importlib.util.find_spec(name) is None:
         return None
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever a broken installation raises, the other backends still run
+        return f"cannot be imported ({error})"
 
 
 def unsupported_reason(op: str, backend: str, call: tuple) -> str | None:
     """Why `backend` cannot run `op` on the arguments `call`; None when it can."""
     if backend == "eager":
         return None
-    try:
-        module = implementation(op, backend)
-    except ImportError as error:
-        return f"cannot be imported ({error})"
+    module = implementation(op, backend)
     if module is None:
         return f"{op} has no {backend} kernel in this version"
+    if isinstance(module, str):
+        return module
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms are active; only eager composes with them"
     return module.unsupported_reason(*call)
@@ -50,10 +67,7 @@ def unsupported_reason(op: str, backend: str, call: tuple) -> str | None:
 
 def choose(op: str, requested: str, call: tuple) -> str:
     """The backend that runs. A named backend runs or raises; "auto" takes the first fused one that can."""
-    if requested not in ("auto", *BACKENDS):
-        checks.fail(op, "backend", f"be one of {', '.join(('auto', *BACKENDS))}", repr(requested))
-    if requested == "eager":
-        return "eager"
+    _check(op, requested)
     if requested != "auto":
         reason = unsupported_reason(op, requested, call)
         if reason is not None:
@@ -65,6 +79,11 @@ def choose(op: str, requested: str, call: tuple) -> str:
     if not torch.compiler.is_compiling() and any(isinstance(a, Tensor) and a.is_cuda for a in call):
         _warn_eager_on_gpu(op)
     return "eager"
+
+
+def _check(op: str, requested: str) -> None:
+    if requested not in ("auto", *BACKENDS):
+        checks.fail(op, "backend", f"be one of {', '.join(('auto', *BACKENDS))}", repr(requested))
 
 
 @functools.cache
@@ -93,8 +112,8 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op: str | Callable, *tensors: Tensor, **options: object) -> Explanation:
-    """Says which backend `op(*tensors, **options)` would run on, and why each other does not.
+def explain(op: str | Callable, *arguments: Tensor, **options: object) -> Explanation:
+    """Says which backend `op(*arguments, **options)` would run on, and why each other does not.
 
     `op` is one of the ops or its name. The arguments are checked as a call would check them; nothing is computed.
 
@@ -107,6 +126,9 @@ def explain(op: str | Callable, *tensors: Tensor, **options: object) -> Explanat
     if name not in OPS:
         checks.fail("explain", "op", f"be one of {', '.join(OPS)}", repr(name))
     requested = options.pop("backend", "auto")
-    call = importlib.import_module(f"memformer_kernels.ops.{name}.api").prepare(*tensors, **options)
+    call = importlib.import_module(f"memformer_kernels.ops.{name}.api").prepare(*arguments, **options)
+    _check(name, requested)
     reasons = {backend: unsupported_reason(name, backend, call) for backend in BACKENDS}
-    return Explanation(name, choose(name, requested, call), reasons)
+    if requested != "auto":
+        return Explanation(name, choose(name, requested, call), reasons)
+    return Explanation(name, next(b for b, reason in reasons.items() if reason is None), reasons)

@@ -8,14 +8,16 @@ from memformer_kernels.layers import DecoderLayer, MemoryLayer, MemoryProjection
 from memformer_kernels.layers.transformer import KeyValueCache
 from memformer_kernels.models.config import MemformerConfig
 from memformer_kernels.models.initialisation import initialise
+from memformer_kernels.models.positions import positions_of
 from memformer_kernels.models.pretrained import Pretrained
+from memformer_kernels.ops.precision import wide
 
 
 class Memformer(Pretrained):
     """The encoder reads segment t with the memory and writes it; the decoder predicts segment t + 1 from its states.
 
     >>> model = Memformer(MemformerConfig())
-    >>> logits, memory = model(segment, next_segment_shifted, memory)
+    >>> logits, memory = model(segment, next_segment, memory)
 
     With `model.loss` it is a cell for `memory_replay`.
     """
@@ -53,13 +55,12 @@ class Memformer(Pretrained):
 
         Args:
             source: integer [B, L], segment t.
-            target: integer [B, T], the decoder's input: segment t + 1 shifted by one, so that position i may see
-                what comes before the token it predicts.
+            target: integer [B, T], segment t + 1, of which each token predicts the one after it.
             memory: [B, M, C]; the initial memory by default.
-            source_mask: bool [B, L], True where there is a token.
+            source_mask: bool [B, L], True where there is a token. Positions count tokens only.
 
         Returns:
-            Logits [B, T, V], and the memory after segment t, [B, M, C].
+            Logits of the token after each of segment t + 1, [B, T, V], and the memory after segment t, [B, M, C].
         """
         if memory is None:
             memory = self.initial_memory(source.shape[0])
@@ -69,16 +70,16 @@ class Memformer(Pretrained):
     def encode(self, tokens: Tensor, memory: Tensor, *, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens [B, L] and the memory [B, M, C] to the encoder's states [B, L, C] and the next memory."""
         self.check_segment(tokens)
-        x = self._embed(tokens, self.encoder_position, 0)
+        x = self._embed(tokens, self.encoder_position(positions_of(tokens, token_mask=token_mask)))
         for layer, slots in zip(self.encoder, self.projection(memory), strict=True):
             x = layer(x, slots, token_mask=token_mask)
         states = self.encoder_norm(x)
         return states, self.write(memory, states, token_mask=token_mask)
 
     def decode(self, tokens: Tensor, states: Tensor, *, states_mask: Tensor | None = None) -> Tensor:
-        """The decoder's input [B, T] and the encoder's states [B, L, C] to logits [B, T, V]. L may be 0."""
+        """Tokens [B, T] and the encoder's states [B, L, C] to logits of the token after each, [B, T, V]. L may be 0."""
         self.check_segment(tokens)
-        x = self._embed(tokens, self.decoder_position, 0)
+        x = self._embed(tokens, self.decoder_position(positions_of(tokens)))
         for layer in self.decoder:
             x = layer(x, layer.cross_attention.project(states), context_mask=states_mask)
         return self.head(self.norm(x))
@@ -90,12 +91,11 @@ class Memformer(Pretrained):
         """
         source, target, labels = segment
         logits, memory = self(source, target, memory)
-        total = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        total = cross_entropy(wide(logits.flatten(0, 1)), labels.flatten(), ignore_index=-100, reduction="sum")
         return total / (labels != -100).sum().clamp(min=1), memory
 
-    def _embed(self, tokens: Tensor, position: nn.Embedding, start: int) -> Tensor:
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        return self.dropout(self.embedding(tokens) + position(positions))
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.dropout(self.embedding(tokens) + positions)
 
     def start(self, batch: int, memory: Tensor | None = None) -> "Decoding":
         """The beginning of a text after `memory`, to be filled with `extend`."""
@@ -106,7 +106,8 @@ class Memformer(Pretrained):
 
         A full segment is encoded and written at once, and the next is decoded from its states.
         """
-        x = self._embed(tokens, self.decoder_position, decoding.position)
+        self.check_segment(tokens, decoding.position)
+        x = self._embed(tokens, self.decoder_position(positions_of(tokens, decoding.position)))
         for layer, context, cache in zip(self.decoder, decoding.contexts, decoding.caches, strict=True):
             x = layer(x, context, cache=cache, position=decoding.position)
         decoding.append(tokens, self)

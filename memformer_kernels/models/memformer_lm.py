@@ -1,6 +1,5 @@
 """`MemformerLM`: the decoder-only Memformer."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -8,7 +7,9 @@ from memformer_kernels.layers import MemoryLayer, MemoryProjection, MemoryWrite
 from memformer_kernels.layers.transformer import KeyValueCache
 from memformer_kernels.models.config import MemformerLMConfig
 from memformer_kernels.models.initialisation import initialise
+from memformer_kernels.models.positions import positions_of
 from memformer_kernels.models.pretrained import Pretrained
+from memformer_kernels.ops.precision import wide
 
 
 class MemformerLM(Pretrained):
@@ -50,7 +51,8 @@ class MemformerLM(Pretrained):
         Args:
             tokens: integer [B, L], L up to `config.segment_length`.
             memory: [B, M, C]; the initial memory by default.
-            token_mask: bool [B, L], True where there is a token; padding may stand on either side.
+            token_mask: bool [B, L], True where there is a token. Positions count tokens only, so padding may stand
+                on either side and in between.
 
         Returns:
             Logits of the token after each, [B, L, V], and the memory after this segment, [B, M, C].
@@ -68,15 +70,14 @@ class MemformerLM(Pretrained):
         """
         tokens, targets = segment
         logits, memory = self(tokens, memory)
-        total = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+        total = cross_entropy(wide(logits.flatten(0, 1)), targets.flatten(), ignore_index=-100, reduction="sum")
         return total / (targets != -100).sum().clamp(min=1), memory
 
     def _states(
         self, tokens: Tensor, memory: Tensor, token_mask: Tensor | None = None, decoding: "Decoding | None" = None
     ) -> Tensor:
         start = 0 if decoding is None else decoding.position
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x = self.dropout(self.embedding(tokens) + self.position(positions))
+        x = self.dropout(self.embedding(tokens) + self.position(positions_of(tokens, start, token_mask)))
         slots = self.projection(memory) if decoding is None else decoding.slots
         caches = [None] * len(self.layers) if decoding is None else decoding.caches
         for layer, layer_slots, cache in zip(self.layers, slots, caches, strict=True):
@@ -89,6 +90,7 @@ class MemformerLM(Pretrained):
 
     def extend(self, tokens: Tensor, decoding: "Decoding") -> Tensor:
         """Appends tokens [B, n] that fit the open segment; logits [B, n, V]. A full segment is written at once."""
+        self.check_segment(tokens, decoding.position)
         states = self._states(tokens, decoding.memory, decoding=decoding)
         decoding.append(states, self)
         return self.head(states)

@@ -21,16 +21,26 @@ class Pretrained(nn.Module):
         """Writes `config.json` and `model.safetensors` into the folder `path`, each atomically."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        config = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
-        files.save_tensors(path / "model.safetensors", self.state_dict(), {"kind": type(self).__name__})
+        fields = dataclasses.asdict(self.config)
+        config = {"model": type(self).__name__, **fields}
+        metadata = {"kind": type(self).__name__, "config": fields}
+        files.save_tensors(path / "model.safetensors", self.state_dict(), metadata)
         files.write_atomically(path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
-    def from_pretrained(cls: type[Model], path: str | Path) -> Model:
-        """The model that `save_pretrained` wrote; raises `StateFileError` for a damaged or foreign one."""
+    def from_pretrained(cls: type[Model], path: str | Path, **changes: object) -> Model:
+        """The model that `save_pretrained` wrote; raises `StateFileError` for a damaged or foreign one.
+
+        `changes` go into the configuration of the loaded model: `backend="eager"`, `dropout=0.0`, say.
+        """
         path = Path(path)
-        model = cls(cls.load_config(path / "config.json"))
-        weights, _ = files.load_tensors(path / "model.safetensors", kind=cls.__name__, expected=model.state_dict())
+        config = cls.load_config(path / "config.json")
+        weights, metadata = files.load_tensors(path / "model.safetensors", kind=cls.__name__)
+        if metadata.get("config") != dataclasses.asdict(config):
+            raise files.StateFileError(f"{path / 'config.json'}: must be the configuration that the weights were saved with")
+        dtypes = {tensor.dtype for tensor in weights.values()}
+        model = cls(dataclasses.replace(config, **changes)).to(dtypes.pop() if len(dtypes) == 1 else None)
+        files.check_expected(path / "model.safetensors", weights, model.state_dict())
         model.load_state_dict(weights)
         return model
 
@@ -45,15 +55,17 @@ class Pretrained(nn.Module):
             raise files.StateFileError(f"{path}: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
         return cls.config_class(**fields)
 
-    def check_segment(self, tokens: Tensor) -> None:
+    def check_segment(self, tokens: Tensor, position: int = 0) -> None:
+        """Tokens of one segment, from `position` on."""
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(
                 f"{type(self).__name__}: tokens must be integer [B, L], got {tokens.dtype} {list(tokens.shape)}"
             )
-        if tokens.shape[1] > self.config.segment_length:
+        if position + tokens.shape[1] > self.config.segment_length:
+            before = f" after {position}" if position else ""
             raise ValueError(
                 f"{type(self).__name__}: tokens must hold at most segment_length = {self.config.segment_length} "
-                f"a segment, got {tokens.shape[1]}"
+                f"a segment, got {tokens.shape[1]}{before}"
             )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from memformer_kernels import backend
 
@@ -29,7 +31,8 @@ def register_pair(op: str, forward_schema: str, backward_schema: str, fake_forwa
 def _dispatch(op: str, direction: str) -> Callable:
     def run(*arguments):
         *call, name = arguments
-        return getattr(backend.implementation(op, name), direction)(*call)
+        outputs = getattr(backend.implementation(op, name), direction)(*call)
+        return outputs if name != "eager" else tree_map(Tensor.contiguous, outputs)  # as kernels and fakes make them
 
     return run
 

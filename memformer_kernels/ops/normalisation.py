@@ -22,8 +22,10 @@ def normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     # sqrt has no derivative at 0; such a row takes the floor below, so any positive number does
     norm = squares.where(squares != 0, 1).sqrt().where(squares != 0, 0)
     floor = eps / peak
-    divisor = norm.where(~(norm <= floor), floor)
-    return scaled / divisor, (1 / peak / divisor).squeeze(-1)
+    at_floor = norm <= floor
+    divisor = floor.where(at_floor, norm)
+    inv_norm = (1 / peak / divisor).masked_fill(at_floor, 1 / eps)  # exactly that: it tells the backward
+    return scaled / divisor, inv_norm.squeeze(-1)
 
 
 def normalise_backward(grad: Tensor, z: Tensor, inv_norm: Tensor, eps: float) -> Tensor:

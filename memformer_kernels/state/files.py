@@ -23,13 +23,14 @@ class StateFileError(ValueError):
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Writes tensors (copied to the CPU) and JSON metadata, which must hold the file's `kind`."""
     safetensors = _safetensors()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {
         "format": "memformer_kernels",
         "version": VERSION,
         "digests": {name: _digest(name, tensor) for name, tensor in tensors.items()},
         **metadata,
     }
+    header["digest"] = _header_digest(header)
     write_atomically(path, safetensors.save(tensors, metadata={"memformer_kernels": json.dumps(header)}))
 
 
@@ -58,6 +59,8 @@ def load_tensors(
     for field, want in (("format", "memformer_kernels"), ("version", VERSION), ("kind", kind)):
         if header.get(field) != want:
             raise StateFileError(f"{path}: field {field!r} must be {want!r}, got {header.get(field)!r}")
+    if header.get("digest") != _header_digest(header):
+        raise StateFileError(f"{path}: damaged: the metadata does not match its SHA-256")
     if digests.keys() != tensors.keys():
         raise StateFileError(f"{path}: damaged: the tensors are not those that were saved")
     for name, tensor in tensors.items():
@@ -93,6 +96,13 @@ def check_expected(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[
             raise StateFileError(
                 f"{path}: tensor {name!r} must be {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}"
             )
+
+
+def _header_digest(header: Mapping[str, object]) -> str:
+    """Of all metadata but the digest itself."""
+    rest = {name: value for name, value in header.items() if name != "digest"}
+    as_loaded = json.loads(json.dumps(rest))  # keys that were numbers are strings, and sorted as such
+    return hashlib.sha256(json.dumps(as_loaded, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(name: str, tensor: Tensor) -> str:

@@ -8,6 +8,9 @@ from torch import Tensor
 from memformer_kernels.data import Lanes, RecallTask, Text
 from memformer_kernels.models import MemformerLM
 
+VALIDATION_LANES = 64
+VALIDATION_BYTES = 100_000  # of a validation in the middle of a run
+
 
 class TextTask:
     """Predict the next byte. The memory runs on from rollout to rollout; judged in bits per byte."""
@@ -16,10 +19,10 @@ class TextTask:
     carries_memory = True
     better = min
 
-    def __init__(self, text: Text, batch: int, length: int, device: torch.device, validation_bytes: int = 200_000):
+    def __init__(self, text: Text, batch: int, length: int, device: torch.device):
         self.lanes = Lanes(text.train.to(device), batch, length)
         self.validation = text.validation.to(device)
-        self.length, self.validation_bytes = length, validation_bytes
+        self.length = length
 
     def rollout(self, horizon: int) -> list[tuple[Tensor, Tensor]]:
         return self.lanes.rollout(horizon)
@@ -32,11 +35,14 @@ class TextTask:
 
     @torch.no_grad()
     def validate(self, model: MemformerLM, *, reset: bool, everything: bool = False) -> float:
-        """Bits per byte of the held-out files, read in 32 lanes with the memory carried, or reset at each segment."""
-        batch = min(32, max(1, len(self.validation) // (2 * self.length)))
-        available = (len(self.validation) // batch - 1) // self.length
-        wanted = max(1, self.validation_bytes // (batch * self.length))
-        segments = max(1, available if everything else min(available, wanted))
+        """Bits per byte of held-out text, read in lanes with the memory carried, or reset at each segment.
+
+        Of a part of each lane, or with `everything` to its end.
+        """
+        batch = min(VALIDATION_LANES, max(1, len(self.validation) // (2 * self.length)))
+        segments = max(1, (len(self.validation) // batch - 1) // self.length)
+        if not everything:
+            segments = min(segments, max(1, VALIDATION_BYTES // (batch * self.length)))
         lanes = Lanes(self.validation, batch, self.length)
         memory = initial = model.initial_memory(batch)
         total = torch.zeros((), dtype=torch.float64)

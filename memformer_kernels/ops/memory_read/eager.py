@@ -11,9 +11,11 @@
 import torch
 from torch import Tensor
 
+from memformer_kernels.ops.autocast import outside_autocast
 from memformer_kernels.ops.precision import wide
 
 
+@outside_autocast
 def memory_read(query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
     """The definition; autograd differentiates it, to any order."""
     key, value = _without_hidden(key, slot_mask), _without_hidden(value, slot_mask)
@@ -26,6 +28,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None,
         return memory_read(query, key, value, slot_mask, scale).contiguous()
 
 
+@outside_autocast
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

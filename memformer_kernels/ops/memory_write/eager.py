@@ -14,10 +14,12 @@
 import torch
 from torch import Tensor
 
+from memformer_kernels.ops.autocast import outside_autocast
 from memformer_kernels.ops.normalisation import normalise, normalise_backward
 from memformer_kernels.ops.precision import wide
 
 
+@outside_autocast
 def memory_write(
     query: Tensor,
     own_key: Tensor,
@@ -36,6 +38,7 @@ def memory_write(
     return normalise(attended + wide(bias), eps)[0].to(slots.dtype)
 
 
+@outside_autocast
 def forward(
     query: Tensor,
     own_key: Tensor,
@@ -56,6 +59,7 @@ def forward(
         return output.to(slots.dtype, copy=True), attended, log_sum_exp, inv_norm
 
 
+@outside_autocast
 def backward(
     grad: Tensor,
     query: Tensor,
@@ -77,9 +81,8 @@ def backward(
     if bias is not None:
         grad_z = normalise_backward(grad_z, attended + wide(bias), inv_norm, eps)
         grad_bias = grad_z.sum(0).to(bias.dtype)
-    heads = query.shape[1]
     q, k0, k, v = wide(query), wide(own_key), wide(_visible(key, token_mask)), wide(_visible(value, token_mask))
-    m, u, du = (_split(wide(t), heads) for t in (slots, attended, grad_z))
+    m, u, du = (_split(wide(t), query) for t in (slots, attended, grad_z))
     delta = (du * u).sum(-1)
     p0 = (scale * (q * k0).sum(-1) - log_sum_exp).exp()
     p = _hide(scale * (q @ k.mT), token_mask).sub(log_sum_exp.unsqueeze(-1)).exp()
@@ -105,11 +108,13 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """`(u, lse)`: what the slots attend to, [B, M, C], and the log-sum-exp of its 1 + L logits, [B, H, M]."""
     q, k0, k, v = wide(query), wide(own_key), wide(_visible(key, token_mask)), wide(_visible(value, token_mask))
-    own = _split(wide(slots), query.shape[1])
+    own = _split(wide(slots), query)
     own_logit = scale * (q * k0).sum(-1, keepdim=True)
     logits = torch.cat([own_logit, _hide(scale * (q @ k.mT), token_mask)], -1)
     weights = logits.softmax(-1)
-    attended = weights[..., :1] * own + weights[..., 1:] @ v if k.shape[2] else own
+    attended = weights[..., :1] * own
+    if k.shape[2]:
+        attended = attended + weights[..., 1:] @ v  # without tokens no sum: -0 + 0 is 0
     return _merge(_keep_own(attended, own, token_mask)), logits.logsumexp(-1)
 
 
@@ -129,9 +134,9 @@ def _hide(logits: Tensor, token_mask: Tensor | None) -> Tensor:
     return logits if token_mask is None else logits.masked_fill(~token_mask[:, None, None, :], float("-inf"))
 
 
-def _split(merged: Tensor, heads: int) -> Tensor:
-    """[B, M, C] to [B, H, M, D]; head h takes chunk h."""
-    return merged.unflatten(-1, (heads, -1)).transpose(1, 2)
+def _split(merged: Tensor, like: Tensor) -> Tensor:
+    """[B, M, C] to [B, H, M, D], the shape of `like`; head h takes chunk h."""
+    return merged.unflatten(-1, (like.shape[1], like.shape[3])).transpose(1, 2)
 
 
 def _merge(split: Tensor) -> Tensor:

@@ -1,0 +1,187 @@
+"""What the tests share: fixed randomness, the ways to run an op, hostile layouts, and what "the same" means.
+
+Shared functions are fixtures that return the function, so that every folder of tests can ask for them by name.
+"""
+
+import functools
+import importlib
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a module with Triton kernels is imported
+
+import memformer_kernels
+from memformer_kernels import testing
+
+# A result is rounded once at the store; what is computed before, in float32 or float64, may be off by this many
+# roundings of the largest value. The most that the tests have seen is 13.
+COMPUTE_ROUNDINGS = 32
+
+
+def shared(function):
+    return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def dtype(request):
+    return request.param
+
+
+# How an op runs: `path(case, grad_output=None, autocast=None) -> Result`.
+
+
+def _definition(op):
+    return functools.partial(getattr(memformer_kernels, op), backend="eager")
+
+
+def _registered(op):
+    api, autograd = (importlib.import_module(f"memformer_kernels.ops.{op}.{room}") for room in ("api", "autograd"))
+    return lambda **arguments: autograd.apply(*api.prepare(**arguments), "eager")
+
+
+def _eager(case, grad_output=None, autocast=None):
+    return _run(_definition(case.op), case, grad_output, autocast)
+
+
+def _explicit(case, grad_output=None, autocast=None):
+    return _run(_registered(case.op), case, grad_output, autocast)
+
+
+def _run(function, case, grad_output, autocast):
+    def forward(**arguments):
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            return function(**arguments)
+
+    return testing.run(case, grad_output=grad_output, function=forward)
+
+
+@pytest.fixture(scope="session")
+def eager():
+    """The definition, differentiated by autograd."""
+    return _eager
+
+
+@pytest.fixture(scope="session")
+def explicit():
+    """The registered op, as a fused backend runs it, on the forward and backward that every kernel mirrors."""
+    return _explicit
+
+
+@pytest.fixture(params=[_eager, _explicit], ids=["eager", "explicit"])
+def path(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def registered():
+    """`registered(op)`: the op of the explicit path as a function of tensors and options by name."""
+    return _registered
+
+
+# What the same means.
+
+
+def roundoff(dtype):
+    return torch.finfo(dtype).eps / 2
+
+
+@shared
+def agree(result, reference, tolerance=None):
+    """Asserts that output and gradients are right to the last rounding, or to `tolerance`."""
+    expected = reference.tensors()
+    for name, tensor in result.tensors().items():
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        limit = tolerance or roundoff(tensor.dtype) + COMPUTE_ROUNDINGS * roundoff(wide)
+        error = testing.relative_error(tensor, expected[name])
+        assert error <= limit, f"{name}: {error:.2e} is above {limit:.2e}"
+
+
+@shared
+def same_bits(a, b):
+    """Bit for bit: 0 is not -0, and a NaN is itself."""
+    if isinstance(a, torch.Tensor):
+        a, b = {"": a}, {"": b}
+    elif isinstance(a, testing.Result):
+        a, b = a.tensors(), b.tensors()
+    return a.keys() == b.keys() and all(_same_bits(a[name], b[name]) for name in a)
+
+
+def _same_bits(a, b):
+    bits = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+
+
+@shared
+def storage(tensor):
+    """A copy of all bytes of the storage that `tensor` is a view of."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
+
+
+# Hostile layouts: the same values in other places, among what must never be read.
+
+
+def _unreadable(tensor, shape):
+    """NaN, or for a mask the opposite of what it begins with."""
+    if tensor.dtype == torch.bool:
+        return tensor.new_full(shape, not tensor.flatten()[:1].all())
+    return tensor.new_full(shape, float("nan"))
+
+
+def _contiguous(tensor):
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _transposed(tensor):
+    return _contiguous(tensor.mT).mT
+
+
+def _gaps(tensor):
+    base = _unreadable(tensor, (*tensor.shape[:-1], 2 * tensor.shape[-1]))
+    base[..., ::2] = tensor
+    return base[..., ::2]
+
+
+def _margins(tensor):
+    base = _unreadable(tensor, [size + 2 for size in tensor.shape])
+    inside = base[(slice(1, -1),) * tensor.dim()]
+    inside.copy_(tensor)
+    return inside
+
+
+def _expanded(tensor):
+    """Every entry of the first dimension is its first one, in the same memory."""
+    return _contiguous(tensor[:1]).expand(tensor.shape)
+
+
+def _odd_offset(tensor):
+    base = _unreadable(tensor, (tensor.numel() + 1,))
+    base[1:] = tensor.flatten()
+    return base[1:].view(tensor.shape)
+
+
+@pytest.fixture(params=[_transposed, _gaps, _margins, _expanded, _odd_offset], ids=lambda f: f.__name__[1:])
+def layout(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def contiguous():
+    return _contiguous
+
+
+@pytest.fixture(scope="session")
+def transposed():
+    return _transposed
