@@ -32,12 +32,14 @@ def memory_replay(
 
     Args:
         cell: a module, a bound method or a function; called with one segment and the state. Every tensor that needs
-            a gradient must be a leaf (a parameter), or come in through the segments or the state.
+            a gradient must be a leaf (a parameter), or come in through the segments or the state; what it returns is
+            all that a loss may be made of. A gradient that the cell itself takes ends at the segment.
         segments: a sequence of pytrees. The engine does not look into them except for tensors that need a gradient.
         state: a pytree; its floating-point tensors carry gradients from segment to segment.
         method: how the backward gets what it needs.
             "replay": memory-replay back-propagation. The forward keeps the state before each segment and nothing
-                else; the backward runs each segment again, last to first. Memory: S states and one segment.
+                else; the backward runs each segment again, last to first. Memory: S states and one segment. Without
+                grad mode the segments are run as they are.
             "checkpoint": `torch.utils.checkpoint` of each segment.
             "bptt": everything is kept. Memory: S segments.
         strict: replay also compares the output and next state of every replayed segment with those of the forward,
@@ -51,23 +53,25 @@ def memory_replay(
         `(outputs, state)`: one output per segment, and the state after the last.
 
     What replay keeps: PyTorch's CPU and CUDA random state (dropout masks are the same bits), autocast, buffers
-    (updated once), parameter hooks (called once), gradients of a subset of parameters. The rollout is one node of
-    the autograd graph: DistributedDataParallel, GradScaler, gradient accumulation need no special code. An exception
-    in any segment, forward or backward, leaves `.grad`, buffers, random state and the given state as they were.
-    Hooks of modules inside the cell run in both passes.
+    (updated once) and the train or eval mode of the modules that the cell is or refers to, gradients of a subset of
+    parameters, parameter hooks: called once, with None where the loss does not reach a parameter in use. The rollout is
+    one node of the autograd graph: DistributedDataParallel, GradScaler, gradient accumulation need no special code. An
+    exception in any segment, forward or backward, leaves `.grad`, buffers, random state and the given state as they
+    were. Hooks of modules inside the cell run in both passes.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
-        RuntimeError: a parameter, segment or state was modified in place between the passes; the cell modifies its
-            state in place; with `strict`, a segment did not replay bit for bit.
+        RuntimeError: a parameter, segment or state was modified in place between the passes, or by the cell; the cell
+            uses a tensor with a graph from outside it; with `strict`, a segment did not replay bit for bit.
         NotImplementedError: a second derivative was asked for; "bptt" has one.
 
     Source: Wu et al., Memformer, arXiv 2010.06891v2, algorithm 1.
     """
     if not callable(cell):
         checks.fail(OP, "cell", "be callable as cell(segment, state)", type(cell).__name__, TypeError)
-    if isinstance(segments, torch.Tensor) or not isinstance(segments, Sequence):
-        checks.fail(OP, "segments", "be a sequence (list or tuple), one item a segment", type(segments).__name__, TypeError)
+    for argument, given in (("segments", segments), ("random_sources", random_sources)):
+        if not isinstance(given, Sequence):
+            checks.fail(OP, argument, "be a sequence, such as a list or a tuple", type(given).__name__, TypeError)
     if method not in METHODS:
         checks.fail(OP, "method", f"be one of {', '.join(METHODS)}", repr(method))
     if method == "replay":

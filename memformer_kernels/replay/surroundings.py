@@ -1,14 +1,19 @@
-"""What a segment's result depends on besides its arguments: random state, autocast, buffers. Recorded, put back."""
+"""What a segment's result depends on besides its arguments: random state, autocast, modules. Recorded, put back."""
 
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from memformer_kernels.replay.tree import attributes_of
 
 
 class RandomState:
@@ -30,18 +35,33 @@ class RandomState:
         for (_, put), one in zip(self.sources, sources, strict=True):
             put(one)
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        state = self.get()
+        try:
+            yield
+        finally:
+            self.set(state)
+
+    @contextlib.contextmanager
+    def kept_if_raises(self) -> Iterator[None]:
+        state = self.get()
+        try:
+            yield
+        except BaseException:
+            self.set(state)
+            raise
+
 
 def _source(source: Any) -> tuple:
     """(get, put) of a source of randomness, told by the methods it has."""
     if hasattr(source, "getstate"):  # random.Random, the module random
         return source.getstate, source.setstate
+    if hasattr(source, "get_state"):  # torch.Generator, numpy.random.RandomState, the module numpy.random
+        return source.get_state, source.set_state
     if hasattr(source, "bit_generator"):  # numpy.random.Generator
         bits = source.bit_generator
         return lambda: bits.state, lambda state: setattr(bits, "state", state)
-    if isinstance(source, torch.Generator):
-        return source.get_state, source.set_state
-    if hasattr(source, "get_state"):  # numpy.random.RandomState, the module numpy.random
-        return source.get_state, source.set_state
     raise TypeError(
         "memory_replay: random_sources must hold torch.Generator, random.Random, numpy.random.Generator or "
         f"numpy.random.RandomState objects, got {type(source).__name__}"
@@ -52,107 +72,153 @@ def _source(source: Any) -> tuple:
 class Autocast:
     """Autocast as it stands when recorded, for every device type of the rollout.
 
-    Its cache of cast weights stays off inside: one filled without a graph would cut the weights off from whatever the
-    caller computes next, and one filled by the caller would put nodes from outside into a segment's graph.
+    A segment begins and ends with an empty cache of cast weights: what the caller filled would put nodes from outside
+    into the segment's graph, and what the segment filled would tie the caller's next use of a weight to that graph.
     """
 
     settings: tuple[tuple[str, bool, torch.dtype], ...]
 
     @classmethod
     def now(cls, devices: Sequence[torch.device]) -> "Autocast":
-        types = sorted({"cpu", *(d.type for d in devices)})
+        types = sorted({"cpu", *(d.type for d in devices if torch.amp.is_autocast_available(d.type))})
         return cls(tuple((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types))
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for device_type, enabled, dtype in self.settings:
-                stack.enter_context(torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False))
-            yield
+        torch.clear_autocast_cache()
+        try:
+            with contextlib.ExitStack() as stack:
+                for device_type, enabled, dtype in self.settings:
+                    stack.enter_context(torch.autocast(device_type, dtype, enabled=enabled))
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
 
-class Buffers:
-    """The buffers of a cell's modules.
+class ModuleState:
+    """What a cell's modules hold besides parameters: buffers, and whether they train or evaluate.
 
-    `record` copies them only when they have changed since the last record, so that a model whose buffers are
-    constants pays for one copy.
+    A buffer that needs a gradient is a leaf like a parameter, and not among them.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
-        owners = {id(owner): owner for module in modules for owner in module.modules()}
-        self.places = [(m, name) for m in owners.values() for name, b in m._buffers.items() if b is not None]
-        self._recorded: tuple[tuple, list[Tensor]] | None = None
+        self.owners = list({id(owner): owner for module in modules for owner in module.modules()}.values())
+        self.places = [
+            (m, name) for m in self.owners for name, b in m._buffers.items() if b is not None and not b.requires_grad
+        ]
+        self._recorded: tuple[list[Tensor], list[int], list[Tensor]] = ([], [], [])
 
-    def record(self) -> list[Tensor]:
-        now = [module._buffers[name] for module, name in self.places]
-        versions = tuple((id(b), b._version) for b in now)
-        if self._recorded is None or self._recorded[0] != versions:
-            self._recorded = (versions, [b.clone() for b in now])
-            self._alive = now  # an id is only unique among the living
-        return self._recorded[1]
-
-    def restore(self, recorded: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
-        """Puts the buffers back, the same tensors with the recorded values."""
-        for (module, name), value, original in zip(self.places, recorded, originals, strict=True):
-            if not same_bits(original, value):
-                original.copy_(value)
-            module._buffers[name] = original
-
-    def originals(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
         return [module._buffers[name] for module, name in self.places]
 
+    def copies(self) -> list[Tensor]:
+        return [b.detach().clone() for b in self.buffers()]
+
+    def record(self) -> tuple[list[Tensor], list[bool]]:
+        """What `swapped` takes. Copies only when a buffer has changed: constant buffers cost one copy a rollout."""
+        now, versions = self.buffers(), versions_of(self.buffers())
+        if not (all(map(operator.is_, now, self._recorded[0])) and versions == self._recorded[1]):
+            self._recorded = (now, versions, self.copies())
+        return self._recorded[2], [m.training for m in self.owners]
+
     @contextlib.contextmanager
-    def swapped(self, recorded: Sequence[Tensor]) -> Iterator[None]:
-        """Runs on copies of recorded values; the modules get their own tensors back untouched."""
-        originals = self.originals()
+    def swapped(self, recorded: tuple[list[Tensor], list[bool]]) -> Iterator[None]:
+        """Runs on copies of recorded values; the modules get their own tensors and modes back untouched."""
+        originals, modes = self.buffers(), [m.training for m in self.owners]
         try:
-            for (module, name), value in zip(self.places, recorded, strict=True):
-                module._buffers[name] = value.clone()
+            self._put([value.clone() for value in recorded[0]], recorded[1])
             yield
         finally:
-            for (module, name), original in zip(self.places, originals, strict=True):
-                module._buffers[name] = original
+            self._put(originals, modes)
+
+    @contextlib.contextmanager
+    def kept_if_raises(self) -> Iterator[None]:
+        """Puts the buffers back, the same tensors with the same values, when an exception passes."""
+        originals, values, modes = self.buffers(), self.copies(), [m.training for m in self.owners]
+        try:
+            yield
+        except BaseException:
+            for original, value in zip(originals, values, strict=True):
+                if not same_bits(original, value):
+                    original.copy_(value)
+            self._put(originals, modes)
+            raise
+
+    def _put(self, buffers: Sequence[Tensor], modes: Sequence[bool]) -> None:
+        for (module, name), buffer in zip(self.places, buffers, strict=True):
+            module._buffers[name] = buffer
+        for module, mode in zip(self.owners, modes, strict=True):
+            module.training = mode
 
 
 @contextlib.contextmanager
-def hooks_of(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Takes the gradient hooks off the leaves: they belong to the rollout's one gradient, not to each segment's."""
-    taken = []
-    for leaf in leaves:
-        hooks = leaf._backward_hooks
-        if hooks:
-            taken.append((hooks, dict(hooks)))
-            hooks.clear()
-    try:
+def hooks_replaced(leaves: Sequence[Tensor], hooks: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Gives each leaf one gradient hook in place of the user's, which belong to the rollout's one gradient."""
+    with contextlib.ExitStack() as stack:
+        for leaf, hook in zip(leaves, hooks, strict=True):
+            if users := leaf._backward_hooks:
+                stack.callback(users.update, dict(users))
+                users.clear()
+            stack.callback(leaf.register_hook(hook).remove)
         yield
-    finally:
-        for hooks, kept in taken:
-            hooks.update(kept)
 
 
 def modules_of(cell: Any) -> list[nn.Module]:
-    """The modules that a cell is, is bound to, closes over, or refers to by name."""
+    """The modules that a cell is, is bound to, closes over, or refers to by name.
+
+    Followed: functions but those of libraries, partials, bound methods, lists, tuples and dicts; and of objects and
+    Python modules the attributes that the functions before them name, of objects also those that can be followed.
+    """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
+    names = {"__call__"}
     pending = [cell]
     while pending:
         thing = pending.pop()
-        if id(thing) in seen:
+        if id(thing) in seen or isinstance(thing, type):
             continue
         seen.add(id(thing))
         if isinstance(thing, nn.Module):
             found[id(thing)] = thing
         elif isinstance(thing, functools.partial):
-            pending += [thing.func, *thing.args, *thing.keywords.values()]
+            pending += [*thing.args, *thing.keywords.values(), thing.func]
         elif inspect.ismethod(thing):
             pending += [thing.__self__, thing.__func__]
         elif inspect.isfunction(thing):
-            if not (thing.__module__ or "").startswith("torch."):
-                closure = inspect.getclosurevars(thing)
-                pending += [*closure.nonlocals.values(), *closure.globals.values(), *(thing.__defaults__ or ())]
-        elif thing is cell or type(thing).__call__ is not type.__call__ and hasattr(thing, "__dict__"):
-            pending += [v for v in vars(thing).values() if isinstance(v, nn.Module) or inspect.isroutine(v)]
+            if (thing.__module__ or "").partition(".")[0] not in _LIBRARIES:
+                used = _names_in(thing.__code__)
+                names |= used
+                pending += [*_bound_in(thing), *(thing.__globals__[n] for n in used if n in thing.__globals__)]
+        elif isinstance(thing, list | tuple | dict):
+            pending += [v for v in (thing.values() if isinstance(thing, dict) else thing) if isinstance(v, _FOLLOWED)]
+        else:
+            follow = () if inspect.ismodule(thing) else _FOLLOWED
+            pending += [v for n, v in attributes_of(thing).items() if n in names or isinstance(v, follow)]
+            pending += [f for n in names if inspect.isfunction(f := getattr(type(thing), n, None))]
     return list(found.values())
+
+
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy"}
+_FOLLOWED = (nn.Module, functools.partial, types.MethodType, types.FunctionType, list, tuple, dict)
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """Names of globals and attributes that a function uses, the functions inside it included."""
+    return set(code.co_names).union(*(_names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+
+
+def _bound_in(function: types.FunctionType) -> Iterator[Any]:
+    """What a function closes over, and its defaults."""
+    for variable in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not assigned yet
+            yield variable.cell_contents
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Version counters: a modification in place is a change of one. Inference tensors have none, nor can change."""
+    return [-1 if t.is_inference() else t._version for t in tensors]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

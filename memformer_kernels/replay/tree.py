@@ -1,14 +1,12 @@
 """Pytrees taken apart: their tensors, and what else they hold."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-
-_HOLE = torch.empty(0)
 
 
 @dataclass
@@ -31,22 +29,45 @@ class Tree:
         rest = iter(tensors)
         return Tree([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves], self.spec)
 
-    def detached(self, needs_grad: Callable[[Tensor], bool]) -> "Tree":
-        """The tree with detached tensors; those for which `needs_grad` holds become leaves that need a gradient."""
-        return self.replace([t.detach().requires_grad_(needs_grad(t)) for t in self.tensors()])
+    def cut(self) -> "Tree":
+        """The tree without a graph: every tensor a leaf, which needs a gradient if it did before."""
+        return self.replace([_leaf(t, t.requires_grad) for t in self.tensors()])
 
     def hollow(self) -> "Tree":
-        """The tree without its tensors, to be filled again with `replace`."""
-        return self.replace([_HOLE for _ in self.tensors()])
+        """The tree with a hole for each tensor, which remembers whether the tensor needs a gradient."""
+        return self.replace([torch.empty(0, requires_grad=t.requires_grad) for t in self.tensors()])
+
+    def filled(self, tensors: Sequence[Tensor]) -> "Tree":
+        """A hollow tree with its tensors again, every one a leaf."""
+        return self.replace([_leaf(t, hole.requires_grad) for t, hole in zip(tensors, self.tensors(), strict=True)])
+
+    def hides_graph(self) -> list[Any]:
+        """Leaves that hold, where a pytree does not look, a tensor with a graph."""
+        return [leaf for leaf in self.leaves if not isinstance(leaf, Tensor) and _holds_graph(leaf)]
 
 
-def differentiable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _leaf(tensor: Tensor, needs_grad: bool) -> Tensor:
+    return tensor.detach().requires_grad_(needs_grad)
 
 
-def never(tensor: Tensor) -> bool:
+def _holds_graph(thing: Any) -> bool:
+    pending, seen = [thing], set()
+    while pending:
+        thing = pending.pop()
+        if isinstance(thing, Tensor) and thing.grad_fn is not None:
+            return True
+        if id(thing) in seen or isinstance(thing, Tensor | nn.Module | type):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, dict):
+            pending += thing.values()
+        elif isinstance(thing, list | tuple | set | frozenset):
+            pending += thing
+        pending += attributes_of(thing).values()
     return False
 
 
-def requires_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """What an object holds under a name."""
+    slots = {name: getattr(thing, name, None) for name in getattr(type(thing), "__slots__", ())}
+    return {**slots, **getattr(thing, "__dict__", {})}
