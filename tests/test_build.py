@@ -72,7 +72,7 @@ def install(python: Path, tree: Path, environment: dict[str, str], editable: boo
 def report(python: Path) -> dict:
     """What the installed package says of its compiled module."""
     code = "import json; from memformer_kernels import _extension; print(json.dumps(_extension.report()))"
-    command = [python, "-c", code]
+    command = [python, "-E", "-c", code]  # not the tree that PYTHONPATH may name
     return json.loads(subprocess.run(command, cwd=python.parent, check=True, capture_output=True, text=True).stdout)
 
 

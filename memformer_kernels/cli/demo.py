@@ -12,27 +12,27 @@ from rich.table import Table
 from memformer_kernels.cli import plots
 from memformer_kernels.cli.train import Job, figures_table, train
 from memformer_kernels.models import MemformerLMConfig
-from memformer_kernels.replay.memory import measure_in_fresh_process
+from memformer_kernels.replay.api import METHODS
+from memformer_kernels.training.peak_memory import measure_in_fresh_process
 
 console = Console()
 
 # Small and quick: short segments show soonest what a memory is worth
 TEXT = dict(
     config=dict(segment_length=16, slots=16, width=96, layers=2),
-    settings=dict(steps=450, batch=16, horizons=(12,), learning_rate=4e-3, warmup=50),
+    settings=dict(steps=300, batch=16, horizons=(12,), learning_rate=4e-3, warmup=50),
 )
 MEASURED = MemformerLMConfig(segment_length=64, slots=16)
 HORIZONS = (1, 4, 16, 64)
-METHODS = ("bptt", "checkpoint", "replay")
 
 
 def demo(out: Path, device: torch.device) -> None:
     """Trains recall and text, measures memory, and prints what came of it."""
     started = time.perf_counter()
     console.rule("1. recall: a symbol is shown in the first of four segments and asked for in the last")
-    recall = train(Job.make("recall", [], {}, {}), out / "recall", device=device, resume=False, compare=False, minutes=None)
+    recall = train(Job.make("recall", [], {}, {}), out / "recall", device=device, validate_every=100)
     console.rule("2. real text: the standard library of this Python, on files that were held out")
-    text = train(Job.make("text", [], **TEXT), out / "text", device=device, resume=False, compare=True, minutes=None)
+    text = train(Job.make("text", [], **TEXT), out / "text", device=device, compare=True, validate_every=100)
     console.rule("3. peak memory of forward and backward, by method and horizon")
     peaks = {m: {h: measure_in_fresh_process(m, h, MEASURED, device=str(device)) for h in HORIZONS} for m in METHODS}
 

@@ -53,12 +53,11 @@ def draw_story(path: Path, bits: dict[str, float], peaks: dict[str, dict[int, fl
     _save(figure, path)
 
 
-def _smooth(values, share: float = 0.1) -> list[float]:
-    smoothed, mean = [], values[0]
-    for value in values:
-        mean += share * (value - mean)
-        smoothed.append(mean)
-    return smoothed
+def _smooth(values) -> list[float]:
+    """Means of up to a tenth of the values, round each."""
+    half = len(values) // 20
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _pyplot():

@@ -67,6 +67,10 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_atomically(folder / "job.json", (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
+    @property
+    def unit(self) -> str:
+        return (RecallTraining if self.task == "recall" else TextTask).unit
+
     def twin(self) -> "Job":
         return replace(self, settings=replace(self.settings, twin=True))
 
@@ -85,20 +89,32 @@ class Job:
         return Trainer(self.config, s, task, device)
 
 
-def train(job: Job, out: Path, *, device: torch.device, resume: bool, compare: bool, minutes: float | None, **every) -> dict:
+def train(
+    job: Job,
+    out: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    compare: bool = False,
+    minutes: float | None = None,
+    **every: int,
+) -> dict[str, float]:
     """Trains, and with `compare` the twin too; prints a table, draws `loss.png`, returns the figures."""
     figures = _train_one("with memory", job, out, device, resume, minutes, every)
     if compare:
-        twin_out = out / "twin"
-        figures["twin"] = _train_one("twin", job.twin(), twin_out, device, resume and twin_out.exists(), minutes, every)["reset"]
-    trainer_unit = "accuracy" if job.task == "recall" else "bits per byte"
-    console.print(figures_table(figures, trainer_unit))
-    console.print(f"written: {out}/loss.png, metrics.jsonl, model.safetensors; try: memformer-kernels generate {out}"
-                  if job.task == "text" else f"written: {out}/loss.png, metrics.jsonl, model.safetensors")
+        twin = job.twin()
+        figures["twin"] = _train_one("twin", twin, out / "twin", device, resume, minutes, every)["reset"]
+    plots.draw_curves(out, job.unit)
+    console.print(figures_table(figures, job.unit))
+    console.print(f"written to {out}: loss.png, metrics.jsonl, checkpoint.safetensors, model.safetensors", highlight=False)
+    if job.task == "text":
+        console.print(f"try: memformer-kernels generate {out}", highlight=False, soft_wrap=True)
     return figures
 
 
-def _train_one(name: str, job: Job, out: Path, device: torch.device, resume: bool, minutes: float | None, every: dict) -> dict:
+def _train_one(
+    name: str, job: Job, out: Path, device: torch.device, resume: bool, minutes: float | None, every: dict
+) -> dict[str, float]:
     folder = RunFolder(out)
     trainer = job.trainer(device)
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -114,8 +130,8 @@ def _train_one(name: str, job: Job, out: Path, device: torch.device, resume: boo
                 news = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
                 progress.update(bar, completed=row["step"], news=news)
             if "reset" in row:
-                progress.console.print(f"  step {row['step']}: " + _figures_line(row, trainer.task.unit), highlight=False)
-                plots.draw_curves(out, trainer.task.unit)
+                progress.console.print(f"  step {row['step']}: " + _figures_line(row, job.unit), highlight=False)
+                plots.draw_curves(out, job.unit)
 
         seconds = None if minutes is None else minutes * 60
         return run(trainer, folder, resume=resume, report=report, time_limit=seconds, **every)

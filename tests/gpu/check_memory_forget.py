@@ -523,7 +523,8 @@ def main():
     print(extension)
     if not extension["loaded"]:
         sys.exit(f"check_memory_forget: {extension['reason']}")
-    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "extension": extension}
+    built = {name: extension[name] for name in ("architectures", "cuda_version")}
+    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **built}
     report["checks"] = run_checks()
     if not options.no_timing:
         report["timings"] = timings()
