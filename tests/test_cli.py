@@ -12,7 +12,24 @@ import pytest
 from memformer_kernels.cli import main
 
 COMMAND = [sys.executable, "-m", "memformer_kernels.cli"]
-SMALL = "--steps 6 --batch 4 --horizons 2 --segment-length 8 --slots 4 --width 16 --heads 2 --layers 1".split()
+SMALL = [
+    "--steps",
+    "6",
+    "--batch",
+    "4",
+    "--horizons",
+    "2",
+    "--segment-length",
+    "8",
+    "--slots",
+    "4",
+    "--width",
+    "16",
+    "--heads",
+    "2",
+    "--layers",
+    "1",
+]
 
 
 def start(*arguments, **options):
@@ -77,7 +94,14 @@ def test_check_passes_and_writes_its_figures(tmp_path):
 def test_train_compares_with_the_twin_and_draws(run):
     out, printed = run
     assert "twin trained without memory" in printed and "with memory" in printed
-    for name in ("metrics.jsonl", "loss.png", "checkpoint.safetensors", "model.safetensors", "config.json", "twin/metrics.jsonl"):
+    for name in (
+        "metrics.jsonl",
+        "loss.png",
+        "checkpoint.safetensors",
+        "model.safetensors",
+        "config.json",
+        "twin/metrics.jsonl",
+    ):
         assert (out / name).stat().st_size > 0
 
 

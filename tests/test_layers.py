@@ -106,8 +106,7 @@ def test_write_is_attention_of_each_slot_to_itself_and_the_tokens(x, memory, own
     layer = MemoryWrite(C, H, M, temperature=0.5, own_value=own_value, forgetting=forgetting)
     mask = torch.rand(B, L) < 0.6
     query, own_key, key, value = (
-        heads(t @ w.weight.T)
-        for t, w in [(memory, layer.query), (memory, layer.key), (x, layer.key), (x, layer.value)]
+        heads(t @ w.weight.T) for t, w in [(memory, layer.query), (memory, layer.key), (x, layer.key), (x, layer.value)]
     )
     own = heads(memory if own_value == "slots" else memory @ layer.value.weight.T)
     written = torch.empty_like(own)

@@ -314,9 +314,9 @@ def test_generation_refuses_what_it_cannot_do(lm, text):
     for prompt in (text[:, :0], text[0]):
         with pytest.raises(ValueError, match=r"generate: prompt must be \[B, P\] with P >= 1, got \["):
             generate(lm, prompt, 3)
-    for options in (dict(length=-1), dict(length=1, temperature=-1), dict(length=1, top_k=0)):
-        with pytest.raises(ValueError, match="length and temperature must be at least 0 and top_k at least 1"):
-            generate(lm, text, **options)
+    for name, value, least in (("length", -1, 0), ("temperature", -0.5, 0), ("top_k", 0, 1)):
+        with pytest.raises(ValueError, match=f"generate: {name} must be at least {least}, got {value}"):
+            generate(lm, text, **{"length": 1, name: value})
 
 
 # Saving and loading

@@ -39,8 +39,8 @@ from torch.utils.checkpoint import checkpoint
 
 from memformer_kernels import MemformerLMConfig, memory_replay
 from memformer_kernels.replay.graph import ForeignTensorError
-from memformer_kernels.training.peak_memory import measure, measure_in_fresh_process, peak_bytes, stored_bytes
 from memformer_kernels.replay.surroundings import modules_of
+from memformer_kernels.training.peak_memory import measure, measure_in_fresh_process, peak_bytes, stored_bytes
 
 F64, F32 = torch.float64, torch.float32
 TOLERANCE = {F64: 1e-12, F32: 5e-6}

@@ -62,7 +62,7 @@ def test_every_shape_and_layout_comes_back(path, same_bits):
         "strided": base[:, ::2],
         "expanded": base[:1].expand(4, 6),
         "parameter": torch.nn.Parameter(base),
-        "ünï 中\"\\\n": torch.ones(1),
+        'ünï 中"\\\n': torch.ones(1),
     }
     files.save_tensors(path, tensors, {"kind": "test"})
     assert same_bits(load(path)[0], tensors)

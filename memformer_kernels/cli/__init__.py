@@ -12,6 +12,9 @@ def main() -> None:
 
             print(report())
             return
-        print(f"error: the command line needs more packages ({error}): pip install 'memformer-kernels[cli]'", file=sys.stderr)
+        print(
+            f"error: the command line needs more packages ({error}): pip install 'memformer-kernels[cli]'",
+            file=sys.stderr,
+        )
         sys.exit(2)
     run()

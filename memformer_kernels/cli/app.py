@@ -63,14 +63,22 @@ def train(
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Text files and folders; by default this Python's standard library.")
     ] = None,
-    task: Annotated[str, typer.Option(help="text, or recall: show a symbol in the first segment, ask in the last.")] = "text",
+    task: Annotated[
+        str, typer.Option(help="text, or recall: show a symbol in the first segment, ask in the last.")
+    ] = "text",
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/<task>.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, bit for bit as if never stopped.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Also train a twin without memory, on the same data and steps.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, bit for bit as if never stopped.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train a twin without memory, on the same data and steps.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after this long.")] = None,
     batch: Annotated[int | None, typer.Option(help="Lanes of text read side by side.")] = None,
-    horizons: Annotated[str | None, typer.Option(help="Segments a rollout; 2,4,8 is a curriculum in equal parts.")] = None,
+    horizons: Annotated[
+        str | None, typer.Option(help="Segments a rollout; 2,4,8 is a curriculum in equal parts.")
+    ] = None,
     segment_length: Annotated[int | None, typer.Option(help="Tokens a segment.")] = None,
     slots: Annotated[int | None, typer.Option(help="Slots of the memory.")] = None,
     width: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
@@ -78,7 +86,9 @@ def train(
     layers: Annotated[int | None, typer.Option(help="Layers.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the memory's write; below 1 is sharper.")] = None,
-    retention: Annotated[float | None, typer.Option(help="Norm of the forgetting bias at the start; smaller forgets slower.")] = None,
+    retention: Annotated[
+        float | None, typer.Option(help="Norm of the forgetting bias at the start; smaller forgets slower.")
+    ] = None,
     forgetting: Annotated[bool | None, typer.Option(help="Biased memory normalisation.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
     method: Annotated[str | None, typer.Option(help="replay (least memory), checkpoint or bptt.")] = None,
@@ -97,7 +107,8 @@ def train(
 
     Writes metrics.jsonl, loss.png, checkpoint.safetensors, config.json and model.safetensors into --out.
     """
-    from memformer_kernels.cli.train import Job, train as run_train
+    from memformer_kernels.cli.train import Job
+    from memformer_kernels.cli.train import train as run_train
 
     chosen = {
         "config": dict(
@@ -142,7 +153,9 @@ def train(
 
 @app.command()
 def generate(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `train` or `save_pretrained` wrote.")],
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A folder that `train` or `save_pretrained` wrote.")
+    ],
     prompt: Annotated[str, typer.Option(help="Text to go on from; - reads it from standard input.")] = "import ",
     length: Annotated[int, typer.Option(help="Bytes to make; memory use does not depend on it.")] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely byte.")] = 0.7,
@@ -162,7 +175,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the picture.")] = Path("runs/demo"),
     device: Annotated[str, typer.Option(help="cpu, cuda; by default a GPU if there is one.")] = "auto",
 ) -> None:
-    """The whole story in a few minutes: recall, real text with its twin, memory of the three methods; a table, a picture."""
+    """The whole story in a few minutes: recall, real text with its twin, peak memory; a table and a picture."""
     from memformer_kernels.cli.demo import demo as run_demo
 
     run_demo(out, _device(device))
@@ -188,7 +201,9 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{option} takes numbers with commas between them, such as 2,4,8; got {text!r}") from None
+        raise typer.BadParameter(
+            f"{option} takes numbers with commas between them, such as 2,4,8; got {text!r}"
+        ) from None
 
 
 def _refuse_with_resume(context: typer.Context) -> None:

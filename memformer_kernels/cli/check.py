@@ -45,7 +45,9 @@ def check(device: torch.device, json_file: Path | None) -> bool:
         )
     Console().print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps({"device": str(device), "torch": torch.__version__, "rows": rows}, indent=2) + "\n")
+        json_file.write_text(
+            json.dumps({"device": str(device), "torch": torch.__version__, "rows": rows}, indent=2) + "\n"
+        )
     return all(r["ok"] for r in rows)
 
 

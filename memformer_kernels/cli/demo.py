@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from memformer_kernels.cli import plots
 from memformer_kernels.cli.train import Job, figures_table, train
 from memformer_kernels.models import MemformerLMConfig
 from memformer_kernels.replay.api import METHODS
-from memformer_kernels.training.peak_memory import measure_in_fresh_process
+from memformer_kernels.training.peak_memory import measure
 
 console = Console()
 
@@ -34,15 +33,19 @@ def demo(out: Path, device: torch.device) -> None:
     console.rule("2. real text: the standard library of this Python, on files that were held out")
     text = train(Job.make("text", [], **TEXT), out / "text", device=device, compare=True, validate_every=100)
     console.rule("3. peak memory of forward and backward, by method and horizon")
-    peaks = {m: {h: measure_in_fresh_process(m, h, MEASURED, device=str(device)) for h in HORIZONS} for m in METHODS}
+    with console.status("measuring"):
+        peaks = {m: {h: measure(m, h, MEASURED, device=device) for h in HORIZONS} for m in METHODS}
 
     console.rule("what came of it")
-    console.print(f"recall over 4 segments: accuracy {recall['memory']:.2f} with memory, {recall['reset']:.2f} reset (chance 0.06)")
+    accuracy = f"{recall['memory']:.2f} with memory, {recall['reset']:.2f} reset (chance 0.06)"
+    console.print(f"recall over 4 segments: accuracy {accuracy}")
     console.print(figures_table(text, "bits per byte"))
     console.print(_memory_table(peaks))
     picture = out / "demo.png"
     plots.draw_story(picture, text, peaks, f"on {device}")
-    (out / "demo.json").write_text(json.dumps({"recall": recall, "bits_per_byte": text, "peak_bytes": peaks}, indent=2) + "\n")
+    (out / "demo.json").write_text(
+        json.dumps({"recall": recall, "bits_per_byte": text, "peak_bytes": peaks}, indent=2) + "\n"
+    )
     console.print(f"picture: {picture}   figures: {out / 'demo.json'}   {time.perf_counter() - started:.0f} s")
 
 

@@ -39,9 +39,8 @@ def _gpus() -> list[str]:
     lines = []
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
-        lines.append(
-            f"GPU {index}: {p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB"
-        )
+        size = f"{p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB"
+        lines.append(f"GPU {index}: {p.name}, sm_{p.major}{p.minor}, {size}")
     return lines
 
 

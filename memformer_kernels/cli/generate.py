@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from memformer_kernels.models import Memformer, MemformerLM, generate as continue_prompt
+from memformer_kernels.models import Memformer, MemformerLM
+from memformer_kernels.models import generate as continue_prompt
 from memformer_kernels.models.pretrained import model_name
 
 CHUNK = 64  # bytes between two writes to the terminal

@@ -106,7 +106,9 @@ def train(
         figures["twin"] = _train_one("twin", twin, out / "twin", device, resume, minutes, every)["reset"]
     plots.draw_curves(out, job.unit)
     console.print(figures_table(figures, job.unit))
-    console.print(f"written to {out}: loss.png, metrics.jsonl, checkpoint.safetensors, model.safetensors", highlight=False)
+    console.print(
+        f"written to {out}: loss.png, metrics.jsonl, checkpoint.safetensors, model.safetensors", highlight=False
+    )
     if job.task == "text":
         console.print(f"try: memformer-kernels generate {out}", highlight=False, soft_wrap=True)
     return figures

@@ -62,7 +62,9 @@ def _find(paths: Sequence[Path]) -> list[tuple[str, Path]]:
     found = []
     for path in paths:
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.is_file() and not any(s.startswith(".") for s in p.parts[1:]))
+            below = sorted(
+                p for p in path.rglob("*") if p.is_file() and not any(s.startswith(".") for s in p.parts[1:])
+            )
             found += [(str(p.relative_to(path)), p) for p in below]
         elif path.exists():
             found.append((path.name, path))

@@ -99,7 +99,9 @@ class MemoryWrite(nn.Module):
         if own_value not in ("slots", "projected"):
             raise ValueError(f"MemoryWrite: own_value must be 'slots' or 'projected', got {own_value!r}")
         if not retention > 0:
-            raise ValueError(f"MemoryWrite: retention must be above 0, got {retention}; forgetting=False switches it off")
+            raise ValueError(
+                f"MemoryWrite: retention must be above 0, got {retention}; forgetting=False switches it off"
+            )
         self.heads, self.temperature, self.forgetting, self.own_value = heads, temperature, forgetting, own_value
         self.backend = backend
         self.query = nn.Linear(width, width, bias=False)

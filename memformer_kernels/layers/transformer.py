@@ -75,7 +75,9 @@ class CrossAttention(nn.Module):
         query = split_heads(self.query(x), self.heads)
         mask = None if context_mask is None else context_mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        return self.output(merge_heads(scaled_dot_product_attention(query, *context, attn_mask=mask, dropout_p=dropout)))
+        return self.output(
+            merge_heads(scaled_dot_product_attention(query, *context, attn_mask=mask, dropout_p=dropout))
+        )
 
 
 class FeedForward(nn.Sequential):

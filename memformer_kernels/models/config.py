@@ -54,4 +54,3 @@ PRESETS: dict[str, MemformerLMConfig | MemformerConfig] = {
     "paper-mnist": MemformerConfig(width=256, heads=4, decoder_layers=8, hidden=1024, slots=64, segment_length=28),
     "paper-replay": MemformerLMConfig(width=512, heads=8, layers=12, hidden=2048, slots=32, segment_length=128),
 }
-

@@ -34,10 +34,9 @@ def generate(
     """
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"generate: prompt must be [B, P] with P >= 1, got {list(prompt.shape)}")
-    if length < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"generate: length and temperature must be at least 0 and top_k at least 1, got {length}, {temperature}, {top_k}"
-        )
+    for name, value, least in (("length", length, 0), ("temperature", temperature, 0), ("top_k", top_k, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"generate: {name} must be at least {least}, got {value}")
     if decoding is None:
         decoding = model.start(prompt.shape[0])
     logits = _read(model, prompt, decoding)

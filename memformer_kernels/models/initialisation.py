@@ -2,8 +2,6 @@
 
 from torch import nn
 
-from memformer_kernels.layers import MemoryWrite
-
 
 def initialise(model: nn.Module, residuals: int) -> None:
     """Matrices at `fan_in ** -0.5`; those that end one of `residuals` branches shrunk by `residuals ** -0.5`.

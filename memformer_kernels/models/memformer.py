@@ -85,7 +85,8 @@ class Memformer(Pretrained):
         return self.head(self.norm(x))
 
     def loss(self, segment: tuple[Tensor, Tensor, Tensor], memory: Tensor) -> tuple[Tensor, Tensor]:
-        """A cell for `memory_replay`: (source [B, L], target [B, T], labels [B, T]) to (mean nats a token, next memory).
+        """A cell for `memory_replay`: segment = (source [B, L], target [B, T], labels [B, T]) to (mean nats a
+        token, next memory).
 
         A label of -100 does not count. A segment with no label counts as 0.
         """

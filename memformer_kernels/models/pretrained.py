@@ -37,7 +37,9 @@ class Pretrained(nn.Module):
         config = cls.load_config(path / "config.json")
         weights, metadata = files.load_tensors(path / "model.safetensors", kind=cls.__name__)
         if metadata.get("config") != dataclasses.asdict(config):
-            raise files.StateFileError(f"{path / 'config.json'}: must be the configuration that the weights were saved with")
+            raise files.StateFileError(
+                f"{path / 'config.json'}: must be the configuration that the weights were saved with"
+            )
         dtypes = {tensor.dtype for tensor in weights.values()}
         model = cls(dataclasses.replace(config, **changes)).to(dtypes.pop() if len(dtypes) == 1 else None)
         files.check_expected(path / "model.safetensors", weights, model.state_dict())

@@ -19,7 +19,10 @@ def register_pair(op: str, forward_schema: str, backward_schema: str, fake_forwa
     time of `torch.library.register_autograd`.
     """
     overloads = []
-    for direction, schema, fake in (("forward", forward_schema, fake_forward), ("backward", backward_schema, fake_backward)):
+    for direction, schema, fake in (
+        ("forward", forward_schema, fake_forward),
+        ("backward", backward_schema, fake_backward),
+    ):
         name = f"{op}_{direction}"
         LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, _dispatch(op, direction), "CompositeExplicitAutograd")

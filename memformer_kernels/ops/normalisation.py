@@ -1,11 +1,10 @@
 """Rows of unit norm, and their gradient: the part that `memory_forget` and `memory_write` share.
 
-    norm = ||z||_2        unit = z / max(norm, eps)        inv_norm = 1 / max(norm, eps)
-    grad_z = inv_norm * (grad - unit * rowdot(unit, grad))      where norm > eps
-           = inv_norm * grad                                    where norm <= eps
+norm = ||z||_2        unit = z / max(norm, eps)        inv_norm = 1 / max(norm, eps)
+grad_z = inv_norm * (grad - unit * rowdot(unit, grad))      where norm > eps
+       = inv_norm * grad                                    where norm <= eps
 """
 
-import torch
 from torch import Tensor
 
 

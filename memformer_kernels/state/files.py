@@ -116,5 +116,7 @@ def _safetensors():
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(f"saving and loading needs safetensors: pip install 'memformer-kernels[io]' ({error})") from None
+        raise ImportError(
+            f"saving and loading needs safetensors: pip install 'memformer-kernels[io]' ({error})"
+        ) from None
     return safetensors.torch

@@ -1,9 +1,9 @@
 """A training run in a folder: metrics, checkpoints, a picture; stopped at any moment, it can go on.
 
-    <folder>/metrics.jsonl            one line a report: step, loss, tokens/s, and at validations the task's figures
-    <folder>/checkpoint.safetensors   all that the rest of the run depends on
-    <folder>/config.json, model.safetensors   the model, for `MemformerLM.from_pretrained`
-    <folder>/loss.png                 the curves
+<folder>/metrics.jsonl            one line a report: step, loss, tokens/s, and at validations the task's figures
+<folder>/checkpoint.safetensors   all that the rest of the run depends on
+<folder>/config.json, model.safetensors   the model, for `MemformerLM.from_pretrained`
+<folder>/loss.png                 the curves
 """
 
 import json
@@ -33,7 +33,9 @@ class RunFolder:
     def check(self, resume: bool) -> None:
         """A run that lies here is never overwritten."""
         if self.checkpoint.exists() and not resume:
-            raise FileExistsError(f"{self.path}: holds a run already; --resume goes on with it, --out names another folder")
+            raise FileExistsError(
+                f"{self.path}: holds a run already; --resume goes on with it, --out names another folder"
+            )
 
     def start(self, trainer: Trainer, resume: bool) -> None:
         """Takes up the run that lies here, or begins one."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from memformer_kernels.data import Lanes, RecallTask, Text
 from memformer_kernels.models import MemformerLM
 
-VALIDATION_LANES = 64
+VALIDATION_LANES = 256
 VALIDATION_BYTES = 100_000  # of a validation in the middle of a run
 
 
@@ -81,9 +81,11 @@ class RecallTraining:
         task = RecallTask(batch, self.length)
         generator = torch.Generator().manual_seed(2**31 - 1)
         memory = initial = model.initial_memory(batch)
-        for tokens, targets in self._to_device(task.rollout(horizon or self.horizon, generator)):
+        segments = self._to_device(task.rollout(horizon or self.horizon, generator))
+        for tokens, _ in segments:
             logits, memory = model(tokens, initial if reset else memory)
-        return (logits[:, -1, :].argmax(-1) == targets[:, -1]).double().mean().item()
+        answers = segments[-1][1][:, -1]
+        return (logits[:, -1].argmax(-1) == answers).double().mean().item()
 
     def _to_device(self, segments):
         return [(tokens.to(self.device), targets.to(self.device)) for tokens, targets in segments]

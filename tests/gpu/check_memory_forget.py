@@ -71,7 +71,7 @@ def run(slots, bias, grad, eps=EPS):
 
 
 def worst(got, expected):
-    """The largest error in units of its bound; Inf for a NaN or Inf where the answer, rounded to the dtype, has none."""
+    """The largest error in units of its bound; Inf where a NaN or Inf is not the answer's too."""
     ratio = 0.0
     for name, (answer, bound) in expected.items():
         if answer.numel() == 0:

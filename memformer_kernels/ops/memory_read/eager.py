@@ -1,11 +1,11 @@
 """`memory_read` in plain PyTorch: the definition, and the forward and backward that every kernel mirrors.
 
-    s = scale * query @ key^T, -inf where hidden       [B, H, L, M]
-    p = softmax(s), 0 in a row that sees nothing       output = p @ value
+s = scale * query @ key^T, -inf where hidden       [B, H, L, M]
+p = softmax(s), 0 in a row that sees nothing       output = p @ value
 
-    grad_value = p^T @ grad
-    ds         = p * (grad @ value^T - rowsum(p * (grad @ value^T)))
-    grad_query = scale * ds @ key        grad_key = scale * ds^T @ query
+grad_value = p^T @ grad
+ds         = p * (grad @ value^T - rowsum(p * (grad @ value^T)))
+grad_query = scale * ds @ key        grad_key = scale * ds^T @ query
 """
 
 import torch

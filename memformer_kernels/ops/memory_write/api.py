@@ -57,7 +57,16 @@ def memory_write(
     Source: Wu et al., Memformer, arXiv 2010.06891v2, sections 3.2 and 3.3.
     """
     call = prepare(
-        query, own_key, slots, key, value, bias=bias, token_mask=token_mask, temperature=temperature, scale=scale, eps=eps
+        query,
+        own_key,
+        slots,
+        key,
+        value,
+        bias=bias,
+        token_mask=token_mask,
+        temperature=temperature,
+        scale=scale,
+        eps=eps,
     )
     chosen = backends.choose(OP, backend, call)
     if chosen == "eager":
@@ -78,7 +87,9 @@ def prepare(
     checks.shape(OP, "[B, H, L, D]", tuple(key.shape), value=value)
     checks.mask(OP, "token_mask", "[B, L]", (batch, key.shape[2]), token_mask)
     checks.floating(OP, query=query, own_key=own_key, slots=slots, key=key, value=value)
-    checks.same_device(OP, "query", query=query, own_key=own_key, slots=slots, key=key, value=value, token_mask=token_mask)
+    checks.same_device(
+        OP, "query", query=query, own_key=own_key, slots=slots, key=key, value=value, token_mask=token_mask
+    )
     query, own_key, key, value = cast_to_autocast(query, own_key, key, value)
     checks.same_dtype(OP, "query", query=query, own_key=own_key, key=key, value=value)
     checks.carried_dtype(OP, "slots", slots, query.dtype)

@@ -1,14 +1,14 @@
 """`memory_write` in plain PyTorch: the definition, and the forward and backward that every kernel mirrors.
 
-    s0 = scale * rowdot(query, own_key)      s = scale * query @ key^T, -inf where hidden     [B, H, M], [B, H, M, L]
-    p0, p = softmax([s0 ; s])                u = p0 * heads(slots) + p @ value                lse = log sum exp [s0 ; s]
-    output = normalise(merge(u) + bias), or merge(u) without a bias
+s0 = scale * rowdot(query, own_key)      s = scale * query @ key^T, -inf where hidden     [B, H, M], [B, H, M, L]
+p0, p = softmax([s0 ; s])                u = p0 * heads(slots) + p @ value                lse = log sum exp [s0 ; s]
+output = normalise(merge(u) + bias), or merge(u) without a bias
 
-    du    = heads(grad through the normalisation)     Delta = rowdot(du, u)
-    ds0   = p0 * (rowdot(du, heads(slots)) - Delta)   ds    = p * (du @ value^T - Delta)
-    grad_query   = scale * (ds @ key + ds0 * own_key) grad_own_key = scale * ds0 * query
-    grad_key     = scale * ds^T @ query               grad_value   = p^T @ du
-    grad_slots   = merge(p0 * du)                     grad_bias    = sum over B of du, merged
+du    = heads(grad through the normalisation)     Delta = rowdot(du, u)
+ds0   = p0 * (rowdot(du, heads(slots)) - Delta)   ds    = p * (du @ value^T - Delta)
+grad_query   = scale * (ds @ key + ds0 * own_key) grad_own_key = scale * ds0 * query
+grad_key     = scale * ds^T @ query               grad_value   = p^T @ du
+grad_slots   = merge(p0 * du)                     grad_bias    = sum over B of du, merged
 """
 
 import torch
