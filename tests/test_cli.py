@@ -149,6 +149,7 @@ def test_ctrl_c_saves_and_resume_ends_where_the_whole_run_does(tmp_path, text):
         (["train", "--horizons", "two"], 2, "takes numbers with commas"),
         (["train", "--task", "chess"], 1, "task must be one of text, recall"),
         (["train", "--steps", "0"], 1, "steps must be above 0"),
+        (["train", "--compare", "--minutes", "1"], 1, "--compare takes --steps"),
         (["train", "--width", "10", "--heads", "4"], 1, "width must be a multiple of heads"),
         (["train", "--method", "magic"], 1, "method must be one of"),
         (["train", "--device", "tpu"], 2, "no such device"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memformer_kernels import MemformerLM, MemformerLMConfig
-from memformer_kernels.data import Text
+from memformer_kernels.data import DataError, Text
 from memformer_kernels.state import StateFileError
 from memformer_kernels.training import Settings, Trainer
 from memformer_kernels.training.run import Interrupted, RunFolder, run
@@ -119,6 +119,34 @@ def test_ctrl_c_saves_and_the_run_goes_on_as_if_never_stopped(tmp_path, text):
     ours, theirs = ([(r["step"], r.get("loss"), r.get("memory")) for r in f.rows()] for f in (whole, stopped))
     assert ours == theirs
     assert (whole.path / "model.safetensors").read_bytes() == (stopped.path / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_the_clock_stopped_goes_on_to_the_same_end(tmp_path, text):
+    whole, stopped = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped")
+    run(trainer(text), whole)
+    run(trainer(text), stopped, time_limit=0)
+    assert stopped.rows()[-1]["step"] == 1
+    run(trainer(text), stopped, resume=True)
+    assert (whole.path / "model.safetensors").read_bytes() == (stopped.path / "model.safetensors").read_bytes()
+
+
+def test_other_text_is_refused_and_nothing_is_half_loaded(tmp_path, text):
+    some = trainer(text)
+    some.step()
+    some.save(tmp_path / "checkpoint")
+    other = trainer(replace(text, train=text.train.flip(0)))
+    before = weights(other)
+    with pytest.raises(DataError, match="not the one this run was trained on"):
+        other.load(tmp_path / "checkpoint")
+    assert other.step_count == 0 and all(map(torch.equal, weights(other), before))
+
+
+def test_bfloat16_autocasts_and_the_memory_stays_float32(text):
+    some = trainer(text, replace(SETTINGS, precision="bfloat16"))
+    exact = trainer(text)
+    loss, exact_loss = some.step(), exact.step()
+    assert loss != exact_loss and abs(loss - exact_loss) < 0.2
+    assert some.memory.dtype == torch.float32
 
 
 def test_a_run_is_never_overwritten_unasked(tmp_path, text):

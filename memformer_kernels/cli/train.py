@@ -100,6 +100,8 @@ def train(
     **every: int,
 ) -> dict[str, float]:
     """Trains, and with `compare` the twin too; prints a table, draws `loss.png`, returns the figures."""
+    if compare and minutes is not None:
+        raise ValueError("train: --minutes would stop the twin at another step than the model; --compare takes --steps")
     figures = _train_one("with memory", job, out, device, resume, minutes, every)
     if compare:
         twin = job.twin()

@@ -85,7 +85,7 @@ def run(
     with _CtrlC() as ctrl_c:
         while not trainer.done:
             loss = trainer.step()
-            last = trainer.done or clock.elapsed > (time_limit or float("inf"))
+            last = trainer.done or (time_limit is not None and clock.elapsed > time_limit)
             if last or trainer.step_count % report_every == 0:
                 row = {"step": trainer.step_count, "loss": loss, "tokens_per_second": clock.rate()}
                 if not last and trainer.step_count % validate_every == 0:

@@ -1,11 +1,12 @@
 """The tasks a model can be trained on: where rollouts come from, and how the model is judged."""
 
+import hashlib
 import math
 
 import torch
 from torch import Tensor
 
-from memformer_kernels.data import Lanes, RecallTask, Text
+from memformer_kernels.data import DataError, Lanes, RecallTask, Text
 from memformer_kernels.models import MemformerLM
 
 VALIDATION_LANES = 256
@@ -22,15 +23,18 @@ class TextTask:
     def __init__(self, text: Text, batch: int, length: int, device: torch.device):
         self.lanes = Lanes(text.train.to(device), batch, length)
         self.validation = text.validation.to(device)
+        self.digest = hashlib.sha256(memoryview(text.train.numpy())).hexdigest()
         self.length = length
 
     def rollout(self, horizon: int) -> list[tuple[Tensor, Tensor]]:
         return self.lanes.rollout(horizon)
 
     def state(self) -> dict:
-        return {"position": self.lanes.position}
+        return {"position": self.lanes.position, "text": self.digest}
 
     def load_state(self, state: dict) -> None:
+        if state["text"] != self.digest:
+            raise DataError("the text is not the one this run was trained on; --resume needs the same files")
         self.lanes.position = int(state["position"])
 
     @torch.no_grad()

@@ -92,6 +92,7 @@ class Trainer:
             groups.setdefault(group, {})[rest] = tensor
         expected = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         files.check_expected(path, {n: t for n, t in tensors.items() if n.startswith("model.")}, expected)
+        self.task.load_state(header["task"])
         self.model.load_state_dict(groups["model"])
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in groups["optimizer"].items():
@@ -100,7 +101,6 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.memory = tensors["memory"].to(self.device)
         self.step_count = header["step"]
-        self.task.load_state(header["task"])
         torch.set_rng_state(tensors["random.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
