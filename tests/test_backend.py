@@ -13,6 +13,7 @@ RUNS = """
 from memformer_kernels.ops.{op} import eager
 
 calls = []
+saves_log_sum_exp = getattr(eager, "saves_log_sum_exp", None)
 
 def unsupported_reason(*call):
     return {reason!r}

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from memformer_kernels import backend
+from memformer_kernels.ops.per_head import as_new_per_head
 
 LIBRARY = torch.library.Library("memformer_kernels", "DEF")
 
@@ -35,9 +36,18 @@ def _dispatch(op: str, direction: str) -> Callable:
     def run(*arguments):
         *call, name = arguments
         outputs = getattr(backend.implementation(op, name), direction)(*call)
-        return outputs if name != "eager" else tree_map(Tensor.contiguous, outputs)  # as kernels and fakes make them
+        return outputs if name != "eager" else tree_map(_laid_out, outputs)  # as kernels and fakes make them
 
     return run
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    return as_new_per_head(tensor) if tensor.dim() == 4 else tensor.contiguous()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of one of `tensors`."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def refuse_double_backward(op: str) -> None:

@@ -17,6 +17,7 @@ def memory_read(
     *,
     slot_mask: Tensor | None = None,
     scale: float | None = None,
+    allow_tf32: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Tokens read the memory: attention of L tokens over M slots.
@@ -29,6 +30,7 @@ def memory_read(
         slot_mask: bool [B, M], True where a slot may be read. What a hidden slot holds, NaN included, never matters,
             and its gradient is exactly 0.
         scale: multiplies the logits; `D ** -0.5` by default.
+        allow_tf32: lets a kernel round float32 operands of the products to TF32; else float32 is IEEE float32.
         backend: "auto", "cuda", "triton" or "eager". A named backend runs or raises; see `explain`.
 
     Returns:
@@ -43,14 +45,14 @@ def memory_read(
 
     Source: Wu et al., Memformer, arXiv 2010.06891v2, section 3.2.
     """
-    call = prepare(query, key, value, slot_mask=slot_mask, scale=scale)
+    call = prepare(query, key, value, slot_mask=slot_mask, scale=scale, allow_tf32=allow_tf32)
     chosen = backends.choose(OP, backend, call)
     if chosen == "eager":
         return eager.memory_read(*call)
     return autograd.apply(*call, chosen)
 
 
-def prepare(query, key, value, *, slot_mask=None, scale=None) -> tuple:
+def prepare(query, key, value, *, slot_mask=None, scale=None, allow_tf32=False) -> tuple:
     """Checks the arguments and returns them as every backend takes them."""
     checks.tensor(OP, query=query, key=key, value=value)
     checks.shape(OP, "[B, H, L, D]", (-1, -1, -1, -1), query=query)
@@ -65,4 +67,4 @@ def prepare(query, key, value, *, slot_mask=None, scale=None) -> tuple:
     if scale is None:
         scale = max(width, 1) ** -0.5
     checks.positive(OP, scale=scale)
-    return query, key, value, slot_mask, float(scale)
+    return query, key, value, slot_mask, float(scale), bool(allow_tf32)

@@ -3,22 +3,30 @@
 import torch
 from torch import Tensor
 
-from memformer_kernels.ops.library import refuse_double_backward, register_pair
+from memformer_kernels import backend as backends
+from memformer_kernels.ops.library import needs_grad, refuse_double_backward, register_pair
+from memformer_kernels.ops.per_head import new_per_head
+from memformer_kernels.ops.precision import wide_dtype
 
 
-def _fake_forward(query, key, value, slot_mask, scale, backend):
-    return query.new_empty(query.shape)
+def _fake_forward(query, key, value, slot_mask, scale, allow_tf32, save, backend):
+    saved = save and backends.implementation("memory_read", backend).saves_log_sum_exp(query, key)
+    log_sum_exp = query.new_empty(query.shape[:3] if saved else 0, dtype=wide_dtype(query))
+    rounds = saved and query.dtype != torch.float32
+    rounding = new_per_head(query, query.shape[2]) if rounds else query.new_empty(0)
+    return new_per_head(query, query.shape[2]), log_sum_exp, rounding
 
 
-def _fake_backward(grad, query, key, value, slot_mask, scale, backend):
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _fake_backward(grad, query, key, value, slot_mask, output, log_sum_exp, rounding, scale, allow_tf32, backend):
+    return tuple(new_per_head(t, t.shape[2]) for t in (query, key, value))
 
 
+_CALL = "Tensor query, Tensor key, Tensor value, Tensor? slot_mask"
 _forward, _backward = register_pair(
     "memory_read",
-    "(Tensor query, Tensor key, Tensor value, Tensor? slot_mask, float scale, str backend) -> Tensor",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? slot_mask, float scale, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"({_CALL}, float scale, bool allow_tf32, bool save, str backend) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_CALL}, Tensor? output, Tensor? log_sum_exp, Tensor? rounding, float scale, bool allow_tf32,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
     _fake_forward,
     _fake_backward,
 )
@@ -26,16 +34,22 @@ _forward, _backward = register_pair(
 
 class MemoryRead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, slot_mask, scale, backend):
-        ctx.save_for_backward(query, key, value, slot_mask)
-        ctx.scale, ctx.backend = scale, backend
-        return _forward(query, key, value, slot_mask, scale, backend)
+    def forward(ctx, query, key, value, slot_mask, scale, allow_tf32, backend):
+        output, log_sum_exp, rounding = _forward(query, key, value, slot_mask, scale, allow_tf32, True, backend)
+        saved = (output, log_sum_exp, rounding) if log_sum_exp.dim() == 3 else (None, None, None)
+        ctx.save_for_backward(query, key, value, slot_mask, *saved)
+        ctx.options = scale, allow_tf32, backend
+        return output
 
     @staticmethod
     def backward(ctx, grad):
         refuse_double_backward("memory_read")
-        return *_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None
+        return *_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
-def apply(query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float, backend: str) -> Tensor:
-    return MemoryRead.apply(query, key, value, slot_mask, scale, backend)
+def apply(*call_and_backend) -> Tensor:
+    """`apply(*prepare(...), backend)`."""
+    if needs_grad(*call_and_backend[:3]):
+        return MemoryRead.apply(*call_and_backend)
+    *call, backend = call_and_backend
+    return _forward(*call, False, backend)[0]

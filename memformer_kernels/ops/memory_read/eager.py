@@ -12,25 +12,44 @@ import torch
 from torch import Tensor
 
 from memformer_kernels.ops.autocast import outside_autocast
-from memformer_kernels.ops.precision import wide
+from memformer_kernels.ops.precision import wide, wide_dtype
 
 
 @outside_autocast
-def memory_read(query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
-    """The definition; autograd differentiates it, to any order."""
+def memory_read(
+    query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float, allow_tf32: bool
+) -> Tensor:
+    """The definition; autograd differentiates it, to any order. TF32 is up to PyTorch's own setting."""
     key, value = _without_hidden(key, slot_mask), _without_hidden(value, slot_mask)
     weights = _weights(wide(query), wide(key), slot_mask, scale)
     return (weights @ wide(value)).to(query.dtype)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
+def saves_log_sum_exp(query: Tensor, key: Tensor) -> bool:
+    """Whether `forward` returns a log-sum-exp and `backward` takes it: never, the softmax is computed anew."""
+    return False
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float, allow_tf32: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        return memory_read(query, key, value, slot_mask, scale).contiguous()
+        output = memory_read(query, key, value, slot_mask, scale, allow_tf32)
+        return output, query.new_empty(0, dtype=wide_dtype(query)), query.new_empty(0)
 
 
 @outside_autocast
 def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mask: Tensor | None,
+    output: None,
+    log_sum_exp: None,
+    rounding: None,
+    scale: float,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, g = wide(query), wide(_without_hidden(key, slot_mask)), wide(_without_hidden(value, slot_mask)), wide(grad)
     p = _weights(q, k, slot_mask, scale)

@@ -23,6 +23,7 @@ def memory_write(
     temperature: float = 1.0,
     scale: float | None = None,
     eps: float = 1e-12,
+    allow_tf32: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Slots are written: each attends to itself and to the segment's tokens, never to another slot; then forgets.
@@ -42,6 +43,7 @@ def memory_write(
         temperature: divides the logits; below 1 it sharpens the choice between keeping and writing.
         scale: multiplies the logits; `D ** -0.5` by default.
         eps: smallest norm divided by, with `bias`.
+        allow_tf32: lets a kernel round float32 operands of the products to TF32; else float32 is IEEE float32.
         backend: "auto", "cuda", "triton" or "eager". A named backend runs or raises; see `explain`.
 
     Returns:
@@ -67,6 +69,7 @@ def memory_write(
         temperature=temperature,
         scale=scale,
         eps=eps,
+        allow_tf32=allow_tf32,
     )
     chosen = backends.choose(OP, backend, call)
     if chosen == "eager":
@@ -75,7 +78,18 @@ def memory_write(
 
 
 def prepare(
-    query, own_key, slots, key, value, *, bias=None, token_mask=None, temperature=1.0, scale=None, eps=1e-12
+    query,
+    own_key,
+    slots,
+    key,
+    value,
+    *,
+    bias=None,
+    token_mask=None,
+    temperature=1.0,
+    scale=None,
+    eps=1e-12,
+    allow_tf32=False,
 ) -> tuple:
     """Checks the arguments and returns them as every backend takes them, temperature folded into the scale."""
     checks.tensor(OP, query=query, own_key=own_key, slots=slots, key=key, value=value)
@@ -103,4 +117,4 @@ def prepare(
         scale = max(width, 1) ** -0.5
     checks.positive(OP, temperature=temperature, scale=scale)
     checks.at_least(OP, SMALLEST_EPS, eps=eps)
-    return query, own_key, slots, key, value, bias, token_mask, scale / temperature, float(eps)
+    return query, own_key, slots, key, value, bias, token_mask, scale / temperature, float(eps), bool(allow_tf32)

@@ -3,34 +3,48 @@
 import torch
 from torch import Tensor
 
-from memformer_kernels.ops.library import refuse_double_backward, register_pair
+from memformer_kernels.ops.library import needs_grad, refuse_double_backward, register_pair
+from memformer_kernels.ops.per_head import new_per_head
 from memformer_kernels.ops.precision import wide_dtype
 
 
-def _fake_forward(query, own_key, slots, key, value, bias, token_mask, scale, eps, backend):
-    wide = wide_dtype(slots)
-    return (
-        slots.new_empty(slots.shape),
-        slots.new_empty(slots.shape, dtype=wide),
-        slots.new_empty(query.shape[:3], dtype=wide),
-        slots.new_empty(slots.shape[:2], dtype=wide),
-    )
+def _fake_forward(query, own_key, slots, key, value, bias, token_mask, scale, eps, allow_tf32, save, backend):
+    batch, heads, count, _ = query.shape
+    shapes = slots.shape, (batch, heads, count), (batch, heads, count), (batch, count)
+    saved = (slots.new_empty(shape if save else 0, dtype=wide_dtype(slots)) for shape in shapes)
+    return slots.new_empty(slots.shape), *saved
 
 
 def _fake_backward(
-    grad, query, own_key, slots, key, value, bias, token_mask, attended, log_sum_exp, inv_norm, scale, eps, backend
+    grad,
+    query,
+    own_key,
+    slots,
+    key,
+    value,
+    bias,
+    token_mask,
+    attended,
+    log_sum_exp,
+    own_weight,
+    inv_norm,
+    scale,
+    eps,
+    allow_tf32,
+    backend,
 ):
-    tensors = (query, own_key, slots, key, value)
-    grad_bias = grad.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return *(t.new_empty(t.shape) for t in tensors), grad_bias
+    grad_query, grad_own_key, grad_key, grad_value = (new_per_head(t, t.shape[2]) for t in (query, own_key, key, value))
+    grad_bias = slots.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return grad_query, grad_own_key, slots.new_empty(slots.shape), grad_key, grad_value, grad_bias
 
 
 _CALL = "Tensor query, Tensor own_key, Tensor slots, Tensor key, Tensor value, Tensor? bias, Tensor? token_mask"
+_SAVED = "Tensor attended, Tensor log_sum_exp, Tensor own_weight, Tensor inv_norm"
+_OPTIONS = "float scale, float eps, bool allow_tf32"
 _forward, _backward = register_pair(
     "memory_write",
-    f"({_CALL}, float scale, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    f"(Tensor grad, {_CALL}, Tensor attended, Tensor log_sum_exp, Tensor inv_norm, float scale, float eps, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_CALL}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_CALL}, {_SAVED}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
     _fake_backward,
 )
@@ -38,11 +52,11 @@ _forward, _backward = register_pair(
 
 class MemoryWrite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, own_key, slots, key, value, bias, token_mask, scale, eps, backend):
+    def forward(ctx, query, own_key, slots, key, value, bias, token_mask, scale, eps, allow_tf32, backend):
         call = (query, own_key, slots, key, value, bias, token_mask)
-        output, attended, log_sum_exp, inv_norm = _forward(*call, scale, eps, backend)
-        ctx.save_for_backward(*call, attended, log_sum_exp, inv_norm)
-        ctx.options = scale, eps, backend
+        output, *saved = _forward(*call, scale, eps, allow_tf32, True, backend)
+        ctx.save_for_backward(*call, *saved)
+        ctx.options = scale, eps, allow_tf32, backend
         return output
 
     @staticmethod
@@ -50,9 +64,12 @@ class MemoryWrite(torch.autograd.Function):
         refuse_double_backward("memory_write")
         *grads, grad_bias = _backward(grad, *ctx.saved_tensors, *ctx.options)
         has_bias = ctx.needs_input_grad[5]
-        return *grads, grad_bias if has_bias else None, None, None, None, None
+        return *grads, grad_bias if has_bias else None, None, None, None, None, None
 
 
 def apply(*call_and_backend) -> Tensor:
     """`apply(*prepare(...), backend)`."""
-    return MemoryWrite.apply(*call_and_backend)
+    if needs_grad(*call_and_backend[:6]):
+        return MemoryWrite.apply(*call_and_backend)
+    *call, backend = call_and_backend
+    return _forward(*call, False, backend)[0]

@@ -30,8 +30,10 @@ def memory_write(
     token_mask: Tensor | None,
     scale: float,
     eps: float,
+    allow_tf32: bool,
 ) -> Tensor:
-    """The definition; autograd differentiates it, to any order. `scale` includes the temperature."""
+    """The definition; autograd differentiates it, to any order. `scale` includes the temperature; TF32 is up to
+    PyTorch's own setting."""
     attended = _attend(query, own_key, slots, key, value, token_mask, scale)[0]
     if bias is None:
         return attended.to(slots.dtype)
@@ -49,14 +51,20 @@ def forward(
     token_mask: Tensor | None,
     scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(output, attended, log_sum_exp, inv_norm)`: u [B, M, C], lse [B, H, M] and 1 / norm [B, M], in float32."""
+    allow_tf32: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(output, attended, log_sum_exp, own_weight, inv_norm)`: u [B, M, C], lse and p0 [B, H, M], 1 / norm [B, M].
+
+    All but the output are in float32, and empty unless `save`. A kernel may keep the log-sum-exp in another unit.
+    """
     with torch.no_grad():
-        attended, log_sum_exp = _attend(query, own_key, slots, key, value, token_mask, scale)
+        attended, log_sum_exp, own_weight = _attend(query, own_key, slots, key, value, token_mask, scale)
         output, inv_norm = attended, attended.new_ones(attended.shape[:2])
         if bias is not None:
             output, inv_norm = normalise(attended + wide(bias), eps)
-        return output.to(slots.dtype, copy=True), attended, log_sum_exp, inv_norm
+        saved = attended, log_sum_exp, own_weight, inv_norm
+        return output.to(slots.dtype, copy=True), *(t if save else t.new_empty(0) for t in saved)
 
 
 @outside_autocast
@@ -71,9 +79,11 @@ def backward(
     token_mask: Tensor | None,
     attended: Tensor,
     log_sum_exp: Tensor,
+    own_weight: Tensor,
     inv_norm: Tensor,
     scale: float,
     eps: float,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, own_key, slots, key, value and bias (an empty tensor when there is no bias)."""
     grad_z = wide(grad)
@@ -84,8 +94,8 @@ def backward(
     q, k0, k, v = wide(query), wide(own_key), wide(_visible(key, token_mask)), wide(_visible(value, token_mask))
     m, u, du = (_split(wide(t), query) for t in (slots, attended, grad_z))
     delta = (du * u).sum(-1)
-    p0 = (scale * (q * k0).sum(-1) - log_sum_exp).exp()
     p = _hide(scale * (q @ k.mT), token_mask).sub(log_sum_exp.unsqueeze(-1)).exp()
+    p0 = own_weight
     ds0 = (scale * p0 * ((du * m).sum(-1) - delta)).unsqueeze(-1)
     ds = scale * p * (du @ v.mT - delta.unsqueeze(-1))
     grad_slots = _keep_own(p0.unsqueeze(-1) * du, du, token_mask)
@@ -105,8 +115,8 @@ def backward(
 
 def _attend(
     query: Tensor, own_key: Tensor, slots: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`(u, lse)`: what the slots attend to, [B, M, C], and the log-sum-exp of its 1 + L logits, [B, H, M]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(u, lse, p0)`: what the slots attend to, [B, M, C]; of its 1 + L logits, the log-sum-exp and the own weight."""
     q, k0, k, v = wide(query), wide(own_key), wide(_visible(key, token_mask)), wide(_visible(value, token_mask))
     own = _split(wide(slots), query)
     own_logit = scale * (q * k0).sum(-1, keepdim=True)
@@ -115,7 +125,7 @@ def _attend(
     attended = weights[..., :1] * own
     if k.shape[2]:
         attended = attended + weights[..., 1:] @ v  # without tokens no sum: -0 + 0 is 0
-    return _merge(_keep_own(attended, own, token_mask)), logits.logsumexp(-1)
+    return _merge(_keep_own(attended, own, token_mask)), logits.logsumexp(-1), weights[..., 0]
 
 
 def _keep_own(written: Tensor, own: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -1,0 +1,95 @@
+"""How Triton kernels are launched, and which calls they can take."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_CHANNELS = 256  # of a head
+EPS_RANGE = (2.0**-126, 2.0**126)  # so that eps and 1 / eps are normal float32 numbers
+SCALE_RANGE = (2.0**-100, 2.0**100)  # so that a logit over it is finite
+
+
+def unsupported_reason(**tensors: Tensor) -> str | None:
+    """Why Triton kernels cannot run on these tensors; None when they can."""
+    for name, tensor in tensors.items():
+        if not tensor.is_cuda:
+            return f"{name} must be on a CUDA device, got {tensor.device}"
+        if tensor.dtype not in DTYPES:
+            return f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}"
+    return _unsupported_device(tensor.device.index)
+
+
+@functools.cache
+def _unsupported_device(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"the GPU must have compute capability 8.0 or above, got {major}.{minor}"
+
+
+def unsupported_width(name: str, width: int) -> str | None:
+    return None if width <= MOST_CHANNELS else f"{name} must have at most {MOST_CHANNELS} channels a head, got {width}"
+
+
+def unsupported_eps(eps: float) -> str | None:
+    return None if EPS_RANGE[0] <= eps <= EPS_RANGE[1] else f"eps must be from 2**-126 to 2**126, got {eps}"
+
+
+def unsupported_scale(scale: float) -> str | None:
+    low, high = SCALE_RANGE
+    return None if low <= scale <= high else f"the scale must be from 2**-100 to 2**100, got {scale}"
+
+
+def planned(function: Callable) -> Callable:
+    """Caches the plan of a call: a function of shapes, strides, dtype, device and options that returns launchers."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    _plans.append(cached)
+    return cached
+
+
+_plans: list[Callable] = []
+
+
+def forget_plans() -> None:
+    """After a change of what plans are made from."""
+    for cached in _plans:
+        cached.cache_clear()
+
+
+class Launcher:
+    """A kernel with everything but its tensors fixed. Calling it with them launches it, on their device and its current
+    stream.
+
+    Triton's own call looks at every argument to find the variant to run, some 70 us for these kernels. Here the variant
+    is known but for one thing, whether the tensors are aligned to 16 bytes: for those that are, it is looked up once.
+    """
+
+    def __init__(self, kernel: Callable, programs: int, arguments: tuple, **constants: object):
+        """`arguments` follow the tensors; `constants` are the kernel's constexpr parameters and launch options."""
+        self.kernel, self.programs, self.arguments, self.constants = kernel, programs, arguments, constants
+        self._aligned = None
+        names = getattr(kernel, "arg_names", ())
+        self._all_arguments = (*arguments, *(constants[name] for name in names if name in constants))
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        index = tensors[0].get_device()
+        if index < 0 or index == torch._C._cuda_getDevice():
+            self._launch(tensors, index)
+        else:
+            with torch.cuda.device(index):
+                self._launch(tensors, index)
+
+    def _launch(self, tensors: tuple[Tensor | None, ...], index: int) -> None:
+        if self._aligned is not None:
+            pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            bits = 0
+            for pointer in pointers:
+                if pointer is not None:
+                    bits |= pointer
+            if bits % 16 == 0:
+                self._aligned(*pointers, *self._all_arguments, stream=torch._C._cuda_getCurrentRawStream(index))
+                return
+        compiled = self.kernel[(self.programs,)](*tensors, *self.arguments, **self.constants)
+        if index >= 0 and all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors):
+            self._aligned = compiled[(self.programs, 1, 1)]

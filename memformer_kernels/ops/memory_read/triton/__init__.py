@@ -1,0 +1,192 @@
+"""`memory_read` in Triton: its limits, its plans, its buffers. The mathematics stands beside the kernels."""
+
+import torch
+from torch import Tensor
+
+from memformer_kernels import launch, tiles
+from memformer_kernels.ops.memory_read.triton.backward import _memory_read_backward_resident_kernel
+from memformer_kernels.ops.memory_read.triton.forward import (
+    _memory_read_forward_kernel,
+    _memory_read_forward_resident_kernel,
+)
+from memformer_kernels.ops.per_head import new_per_head
+from memformer_kernels.partials import sum_partials
+from memformer_kernels.triton_attention import attention_backward_keys_kernel, attention_backward_rows_kernel
+from memformer_kernels.triton_helpers import LOG2_E
+
+
+def unsupported_reason(
+    query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float, allow_tf32: bool
+) -> str | None:
+    return (
+        launch.unsupported_reason(query=query)
+        or launch.unsupported_width("query", query.shape[-1])
+        or launch.unsupported_scale(scale)
+    )
+
+
+def saves_log_sum_exp(query: Tensor, key: Tensor) -> bool:
+    """Whether the backward needs output and log-sum-exp: not where all slots fit one tile."""
+    return _slot_tile(query.shape[-1], key.shape[2], query.dtype) < key.shape[2]
+
+
+def _slot_tile(width: int, slots: int, dtype: torch.dtype) -> int:
+    return tiles.slot_tile(slots, dtype.itemsize, tiles.head_block(width))
+
+
+def _strides(mask: Tensor | None) -> tuple[int, int] | None:
+    return None if mask is None else mask.stride()
+
+
+@launch.planned
+def _forward_plan(
+    shape, slots, query_strides, key_strides, value_strides, mask_strides, dtype, device, scale, allow_tf32, save
+) -> tuple[bool, launch.Launcher]:
+    """`(whether the slots come in several tiles, launcher)`."""
+    B, H, L, D = shape
+    block_d, block_m = tiles.head_block(D), _slot_tile(D, slots, dtype)
+    strides = query_strides, key_strides, value_strides, mask_strides or (0, 0)
+    constants = {"D": D, "BLOCK_D": block_d, "PRECISION": "tf32" if allow_tf32 else "ieee"}
+    arguments = *strides, scale * LOG2_E, L, slots, H
+    if block_m < slots:
+        config = tiles.config("memory_read_forward", device, dtype.itemsize, block_d)
+        programs = -(-L // config["BLOCK_L"]) * B * H
+        all_slots = mask_strides is None and slots % config["BLOCK_M"] == 0
+        constants["ALL_SLOTS"] = all_slots
+        return True, launch.Launcher(_memory_read_forward_kernel, programs, arguments, **constants, **config)
+    config = tiles.config("memory_read_forward_resident", device, dtype.itemsize, block_d, block_m)
+    chunk = config.pop("chunk")
+    constants |= {"BLOCK_M": block_m, "ALL_SLOTS": mask_strides is None and slots == block_m}
+    programs, arguments = -(-L // chunk) * B * H, (*arguments, chunk)
+    return False, launch.Launcher(_memory_read_forward_resident_kernel, programs, arguments, **constants, **config)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float, allow_tf32: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(output, log_sum_exp, rounding)`: [B, H, L, D]; [B, H, L] in float32; [B, H, L, D]: what the rounding of the
+    output took away. The last two are empty where the backward needs none."""
+    shape, slots = query.shape, key.shape[2]
+    strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
+    several_tiles, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, scale, allow_tf32, save)
+    output = new_per_head(query, shape[2])
+    saves = several_tiles and save
+    log_sum_exp = query.new_empty(shape[:3] if saves else 0, dtype=torch.float32)
+    rounds = saves and query.dtype != torch.float32
+    rounding = new_per_head(query, shape[2]) if rounds else query.new_empty(0)
+    if output.numel() == 0 or slots == 0:
+        return output.zero_(), log_sum_exp.zero_(), rounding.zero_()
+    if several_tiles:
+        saved = log_sum_exp if save else None, rounding if rounds else None
+        run(query, key, value, slot_mask, output, *saved)
+    else:
+        run(query, key, value, slot_mask, output)
+    return output, log_sum_exp, rounding
+
+
+@launch.planned
+def _backward_plan(
+    shape,
+    slots,
+    grad_strides,
+    output_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    mask_strides,
+    dtype,
+    device,
+    scale,
+    allow_tf32,
+):
+    """`(chunks of tokens, launchers)`: one that streams the tokens, or those of rows and keys."""
+    B, H, L, D = shape
+    block_d, block_m = tiles.head_block(D), _slot_tile(D, slots, dtype)
+    strides = query_strides, key_strides, value_strides, mask_strides or (0, 0)
+    constants = {"D": D, "BLOCK_D": block_d, "PRECISION": "tf32" if allow_tf32 else "ieee"}
+    scales = scale * LOG2_E, scale
+    part_stride = B * slots * H * D
+    chunk = tiles.token_chunk(L, block_m)
+    chunks = -(-L // chunk)
+    if block_m < slots:
+        config = tiles.config("attention_backward_rows", device, dtype.itemsize, block_d)
+        rows = launch.Launcher(
+            attention_backward_rows_kernel,
+            -(-L // config["BLOCK_ROWS"]) * B * H,
+            (grad_strides, output_strides, *strides, *scales, L, slots, H, slots, 0),
+            ALL_KEYS=mask_strides is None and slots % config["BLOCK_KEYS"] == 0,
+            **constants,
+            **config,
+        )
+        config = tiles.config("attention_backward_keys", device, dtype.itemsize, block_d)
+        keys = launch.Launcher(
+            attention_backward_keys_kernel,
+            -(-slots // config["BLOCK_KEYS"]) * chunks * B * H,
+            (grad_strides, *strides, *scales, L, slots, H, chunk, part_stride),
+            ALL_KEYS=mask_strides is None and slots % config["BLOCK_KEYS"] == 0,
+            **constants,
+            **config,
+        )
+        return chunks, (rows, keys)
+    config = tiles.config("memory_read_backward_resident", device, dtype.itemsize, block_d, block_m)
+    run = launch.Launcher(
+        _memory_read_backward_resident_kernel,
+        chunks * B * H,
+        (grad_strides, *strides, *scales, L, slots, H, chunk, part_stride),
+        BLOCK_M=block_m,
+        ALL_SLOTS=mask_strides is None and slots == block_m,
+        WIDE=block_m < 64 <= block_d,
+        **constants,
+        **config,
+    )
+    return chunks, (run,)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mask: Tensor | None,
+    output: Tensor | None,
+    log_sum_exp: Tensor | None,
+    rounding: Tensor | None,
+    scale: float,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. The sums over tokens are split by their number, never by the batch."""
+    shape, slots = query.shape, key.shape[2]
+    grad_query, grad_key, grad_value = new_per_head(query, shape[2]), new_per_head(key, slots), new_per_head(key, slots)
+    if query.numel() == 0 or slots == 0:
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+    strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
+    out_strides = None if output is None else output.stride()
+    chunks, run = _backward_plan(
+        shape, slots, grad.stride(), out_strides, *strides, query.dtype, query.device, scale, allow_tf32
+    )
+    partial_key, partial_value = grad_key, grad_value
+    if chunks > 1:
+        partial_key = key.new_empty((chunks, grad_key.numel()), dtype=torch.float32)
+        partial_value = torch.empty_like(partial_key)
+    if output is None:
+        run[0](grad, query, key, value, slot_mask, grad_query, partial_key, partial_value)
+    else:
+        delta = torch.empty_like(log_sum_exp)
+        run[0](
+            grad,
+            output,
+            None if query.dtype == torch.float32 else rounding,
+            query,
+            key,
+            value,
+            slot_mask,
+            log_sum_exp,
+            delta,
+            grad_query,
+        )
+        run[1](grad, query, key, value, slot_mask, log_sum_exp, delta, partial_key, partial_value)
+    if chunks > 1:
+        add_chunks = sum_partials(chunks, grad_key.numel(), key.dtype, key.device)
+        add_chunks(partial_key, grad_key)
+        add_chunks(partial_value, grad_value)
+    return grad_query, grad_key, grad_value

@@ -1,0 +1,278 @@
+"""`memory_write` in Triton: its limits, its plans, its buffers. The mathematics stands beside the kernels."""
+
+import torch
+from torch import Tensor
+
+from memformer_kernels import launch, tiles
+from memformer_kernels.ops.memory_write.triton.backward import (
+    _memory_write_backward_query_kernel,
+    _memory_write_backward_resident_kernel,
+    _memory_write_backward_rows_kernel,
+)
+from memformer_kernels.ops.memory_write.triton.forward import (
+    _memory_write_forward_attend_kernel,
+    _memory_write_forward_combine_kernel,
+)
+from memformer_kernels.ops.per_head import new_per_head
+from memformer_kernels.partials import sum_partials
+from memformer_kernels.triton_attention import attention_backward_keys_kernel, attention_backward_rows_kernel
+from memformer_kernels.triton_helpers import LOG2_E
+
+MOST_CHANNELS = 16384  # of a slot, all heads in registers of one program
+
+
+def unsupported_reason(
+    query: Tensor,
+    own_key: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    token_mask: Tensor | None,
+    scale: float,
+    eps: float,
+    allow_tf32: bool,
+) -> str | None:
+    reason = (
+        launch.unsupported_reason(query=query)
+        or launch.unsupported_width("query", query.shape[-1])
+        or launch.unsupported_scale(scale)
+        or launch.unsupported_eps(eps)
+    )
+    if reason is None and slots.shape[-1] > MOST_CHANNELS:
+        return f"slots must have at most {MOST_CHANNELS} channels, got {slots.shape[-1]}"
+    return reason
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tensor.stride()
+
+
+@launch.planned
+def _forward_plan(
+    shape,
+    tokens,
+    query_strides,
+    own_key_strides,
+    slots_strides,
+    key_strides,
+    value_strides,
+    bias_strides,
+    mask_strides,
+    dtypes,
+    device,
+    scale,
+    eps,
+    allow_tf32,
+    save,
+):
+    """`(chunks of tokens, launcher of the attention, launcher of what brings heads and chunks together)`."""
+    B, H, M, D = shape
+    itemsize, block_d = dtypes[0].itemsize, tiles.head_block(D)
+    block_m = tiles.slot_tile(M, itemsize, block_d)
+    config = tiles.config("memory_write_forward_attend", device, itemsize, block_d, block_m)
+    chunk = tiles.token_chunk(tokens, block_m)
+    chunks = max(1, -(-tokens // chunk))
+    strides = query_strides, own_key_strides, slots_strides, key_strides, value_strides, mask_strides or (0, 0)
+    attend = launch.Launcher(
+        _memory_write_forward_attend_kernel,
+        -(-M // block_m) * chunks * B * H,
+        (*strides, scale * LOG2_E, tokens, M, H, chunk, B * M * H),
+        D=D,
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
+        ALL_TOKENS=mask_strides is None and tokens % config["BLOCK_L"] == 0,
+        PRECISION="tf32" if allow_tf32 else "ieee",
+        **config,
+    )
+    combine = launch.Launcher(
+        _memory_write_forward_combine_kernel,
+        B * M,
+        (bias_strides or (0, 0), scale * LOG2_E, eps, 1 / eps, M, H, chunks, B * M * H),
+        D=D,
+        **tiles.heads_row(H, D),
+    )
+    return chunks, attend, combine
+
+
+def forward(
+    query: Tensor,
+    own_key: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    token_mask: Tensor | None,
+    scale: float,
+    eps: float,
+    allow_tf32: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(output, attended, log_sum_exp, own_weight, inv_norm)`; all but the output in float32, empty unless `save`.
+
+    The log-sum-exp is that of the scaled logits, over the scale.
+    """
+    shape = query.shape
+    B, H, M, D = shape
+    strides = query.stride(), own_key.stride(), slots.stride(), key.stride(), value.stride()
+    dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
+    options = scale, eps, allow_tf32, save
+    chunks, attend, combine = _forward_plan(
+        shape, key.shape[2], *strides, _strides(bias), _strides(token_mask), dtypes, query.device, *options
+    )
+
+    def new(*sizes: int) -> Tensor:
+        return slots.new_empty(sizes, dtype=torch.float32)
+
+    output = slots.new_empty(slots.shape)
+    attended = new(B, M, H * D) if save or chunks == 1 else None
+    acc = attended if chunks == 1 else new(chunks, B, M, H * D)
+    log_sum_exp, own_weight, inv_norm = (new(B, H, M), new(B, H, M), new(B, M)) if save else (None, None, None)
+    if output.numel() > 0:
+        statistics = new(2 * chunks + 1, B, H, M)
+        attend(query, own_key, slots, key, value, token_mask, acc, statistics)
+        saved = attended if save else None, log_sum_exp, own_weight, inv_norm
+        combine(acc, statistics, bias, output, *saved)
+    if not save:
+        return output, new(0), new(0), new(0), new(0)
+    return output, attended, log_sum_exp, own_weight, inv_norm
+
+
+@launch.planned
+def _backward_plan(
+    shape,
+    tokens,
+    grad_strides,
+    query_strides,
+    own_key_strides,
+    slots_strides,
+    key_strides,
+    value_strides,
+    bias_strides,
+    mask_strides,
+    dtypes,
+    device,
+    scale,
+    eps,
+    allow_tf32,
+):
+    """`(groups of the batch, chunks of tokens, launchers by stage)`."""
+    B, H, M, D = shape
+    itemsize, block_d = dtypes[0].itemsize, tiles.head_block(D)
+    block_m = tiles.slot_tile(M, itemsize, block_d)
+    groups, group = tiles.batch_groups(B)
+    row = tiles.heads_row(H, D)
+    stages = {
+        "rows": launch.Launcher(
+            _memory_write_backward_rows_kernel,
+            groups * M,
+            (grad_strides, query_strides, slots_strides, bias_strides or (0, 0))
+            + (scale, 1 / eps, B, M, H, group, M * H * D),
+            D=D,
+            **row,
+        )
+    }
+    strides = key_strides, value_strides, mask_strides or (0, 0)
+    scales = scale * LOG2_E, scale
+    constants = {"D": D, "BLOCK_D": block_d, "PRECISION": "tf32" if allow_tf32 else "ieee"}
+    several_tiles = block_m < M
+    chunk = tiles.token_chunk(tokens, block_m)
+    chunks = -(-tokens // chunk)
+    if several_tiles:
+        du_strides = M * H * D, D, H * D, 1
+        config = tiles.config("attention_backward_rows", device, itemsize, block_d)
+        stages["query"] = launch.Launcher(
+            attention_backward_rows_kernel,
+            -(-M // config["BLOCK_ROWS"]) * chunks * B * H,
+            (du_strides, (0, 0, 0, 0), query_strides, *strides, *scales, M, tokens, H, chunk, B * M * H * D),
+            ALL_KEYS=mask_strides is None and tokens % config["BLOCK_KEYS"] == 0,
+            **constants,
+            **config,
+        )
+        config = tiles.config("attention_backward_keys", device, itemsize, block_d)
+        stages["tokens"] = launch.Launcher(
+            attention_backward_keys_kernel,
+            -(-tokens // config["BLOCK_KEYS"]) * B * H,
+            (du_strides, query_strides, *strides, *scales, M, tokens, H, M, 0),
+            ALL_KEYS=mask_strides is None and tokens % config["BLOCK_KEYS"] == 0,
+            **constants,
+            **config,
+        )
+    else:
+        config = tiles.config("memory_write_backward_resident", device, itemsize, block_d, block_m)
+        stages["resident"] = launch.Launcher(
+            _memory_write_backward_resident_kernel,
+            chunks * B * H,
+            (query_strides, own_key_strides, *strides, *scales, tokens, M, H, chunk, B * M * H),
+            BLOCK_M=block_m,
+            ALL_TOKENS=mask_strides is None and tokens % config["BLOCK_L"] == 0,
+            WIDE=block_m < 64 <= block_d,
+            ONE_CHUNK=chunks == 1,
+            **constants,
+            **config,
+        )
+    if several_tiles or chunks != 1:
+        stages["finish"] = launch.Launcher(
+            _memory_write_backward_query_kernel,
+            B * M,
+            (own_key_strides, scale, M, H, chunks, B * M * H),
+            D=D,
+            **row,
+        )
+    return groups, chunks, stages
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    own_key: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    token_mask: Tensor | None,
+    attended: Tensor,
+    log_sum_exp: Tensor,
+    own_weight: Tensor,
+    inv_norm: Tensor,
+    scale: float,
+    eps: float,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, own_key, slots, key, value and bias (an empty tensor when there is no bias)."""
+    shape, tokens = query.shape, key.shape[2]
+    B, H, M, D = shape
+    grad_query, grad_own_key = new_per_head(query, M), new_per_head(query, M)
+    grad_key, grad_value = new_per_head(key, tokens), new_per_head(key, tokens)
+    grad_slots = slots.new_empty(slots.shape)
+    grad_bias = slots.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    if grad_slots.numel() == 0:
+        return grad_query, grad_own_key, grad_slots, grad_key.zero_(), grad_value.zero_(), grad_bias.zero_()
+    strides = grad.stride(), query.stride(), own_key.stride(), slots.stride(), key.stride(), value.stride()
+    dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
+    options = scale, eps, allow_tf32
+    groups, chunks, run = _backward_plan(
+        shape, tokens, *strides, _strides(bias), _strides(token_mask), dtypes, query.device, *options
+    )
+
+    def new(*sizes: int) -> Tensor:
+        return slots.new_empty(sizes, dtype=torch.float32)
+
+    partial_bias = grad_bias if groups == 1 or bias is None else new(groups, M, H * D)
+    partial_query = new(chunks, B, M, H, D) if "finish" in run else grad_query
+    grad_attended = query.new_empty((B, M, H, D))
+    row_terms = new(2, B, H, M)  # delta and the own logit's gradient
+    results = grad_attended, row_terms, grad_own_key, grad_slots, partial_bias
+    run["rows"](grad, query, slots, bias, attended, own_weight, inv_norm, *results)
+    if bias is not None and groups > 1:
+        sum_partials(groups, M * H * D, bias.dtype, bias.device)(partial_bias, grad_bias)
+    if tokens and "resident" in run:
+        tensors = grad_attended, query, own_key, key, value, token_mask, log_sum_exp, row_terms
+        run["resident"](*tensors, partial_query, grad_key, grad_value)
+    elif tokens:
+        tensors = query, key, value, token_mask, log_sum_exp, row_terms
+        run["query"](grad_attended, None, None, *tensors, partial_query)
+        run["tokens"](grad_attended, *tensors, grad_key, grad_value)
+    if "finish" in run:
+        run["finish"](partial_query, own_key, row_terms, grad_query)
+    return grad_query, grad_own_key, grad_slots, grad_key, grad_value, grad_bias

@@ -1,0 +1,160 @@
+"""Forward kernels of `memory_write`: slots stay on chip, the segment's tokens stream past them.
+
+s0 = rowdot(query, own_key)     s = query @ key^T, -inf where hidden     w0, w = softmax(scale * [s0 ; s])
+u  = w0 * heads(slots) + w @ value                        output = normalise(merge(u) + bias), or merge(u)
+
+The online softmax of the first chunk of tokens starts from the slot's own entry, so it never is empty. The chunks'
+partial results are merged, in order, where all heads of a slot come together for the norm. Their number depends on L
+alone: a row of the batch has the same bits in any batch.
+"""
+
+import triton
+import triton.language as tl
+
+from memformer_kernels.triton_helpers import attend, load_mask, load_tile, normalise, store_tile
+
+
+@triton.jit(do_not_specialize=["L", "M", "H", "chunk", "part_rows"])
+def _memory_write_forward_attend_kernel(
+    query,  # [B, H, M, D]
+    own_key,  # [B, H, M, D]
+    slots,  # [B, M, H * D]
+    key,  # [B, H, L, D]
+    value,  # [B, H, L, D]
+    token_mask,  # [B, L] or None
+    acc_out,  # [chunks, B, M, H, D] float32: sum of weight * value
+    statistics,  # [2 * chunks + 1, B, H, M] float32: each chunk's largest logit, its sum of weights; the own logit
+    query_strides,
+    own_key_strides,
+    slots_strides,
+    key_strides,
+    value_strides,
+    mask_strides,
+    log2_scale,  # scale * log2(e)
+    L,
+    M,
+    H,
+    chunk,  # tokens of one program
+    part_rows,  # B * M * H
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALL_TOKENS: tl.constexpr,  # L is a multiple of BLOCK_L and there is no mask
+    PRECISION: tl.constexpr,
+    num_stages: tl.constexpr,
+):
+    tiles = tl.cdiv(M, BLOCK_M)
+    chunks = max(tl.cdiv(L, chunk), 1)
+    rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(0) // tiles % chunks
+    head = tl.program_id(0) // tiles // chunks % H
+    batch = (tl.program_id(0) // tiles // chunks // H).to(tl.int64)
+    query += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
+    own_key += batch * own_key_strides[0] + head.to(tl.int64) * own_key_strides[1]
+    slots += batch * slots_strides[0] + head.to(tl.int64) * D * slots_strides[2]
+    key += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
+    value += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
+    if token_mask is not None:
+        token_mask += batch * mask_strides[0]
+    acc_out += (part.to(tl.int64) * part_rows + batch * M * H + head) * D
+    statistics += (batch * H + head) * M
+    top_out = statistics + part.to(tl.int64) * part_rows
+    total_out = statistics + tl.cast(chunks + part, tl.int64) * part_rows
+    own_out = statistics + tl.cast(chunks, tl.int64) * 2 * part_rows
+
+    is_first = part == 0
+    has_own = rows < tl.where(is_first, M, 0)
+    q = load_tile(query, tl.minimum(rows, M - 1), query_strides[2], query_strides[3], None, D, BLOCK_D)
+    own_k = load_tile(own_key, rows, own_key_strides[2], own_key_strides[3], has_own, D, BLOCK_D)
+    own = load_tile(slots, rows, slots_strides[1], slots_strides[2], has_own, D, BLOCK_D).to(tl.float32)
+    own_logit = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1)
+    tl.store(own_out + rows, own_logit, mask=has_own)
+    top = tl.where(is_first, own_logit, float("-inf"))
+    total = tl.where(is_first, 1.0, tl.zeros([BLOCK_M], tl.float32))
+    acc = own
+    seen = tl.full([], 0, tl.int32)
+    begin = part * chunk
+    for start in tl.range(begin, min(begin + chunk, L), BLOCK_L, num_stages=num_stages):
+        tokens = start + tl.arange(0, BLOCK_L)
+        visible = None
+        if not ALL_TOKENS:
+            visible = load_mask(token_mask, tokens, mask_strides[1], L)
+            seen = tl.maximum(seen, tl.max(visible.to(tl.int32), 0))
+        k = load_tile(key, tokens, key_strides[2], key_strides[3], visible, D, BLOCK_D)
+        v = load_tile(value, tokens, value_strides[2], value_strides[3], visible, D, BLOCK_D)
+        top, total, acc = attend(q, k, v, visible, top, total, acc, log2_scale, PRECISION)
+    if not ALL_TOKENS:
+        if (seen == 0) & is_first:  # exact to the sign of zero, which a sum with 0 is not
+            acc = load_tile(slots, rows, slots_strides[1], slots_strides[2], has_own, D, BLOCK_D).to(tl.float32)
+    store_tile(acc_out, rows, H * D, acc, rows < M, D, BLOCK_D)
+    tl.store(top_out + rows, top, mask=rows < M)
+    tl.store(total_out + rows, total, mask=rows < M)
+
+
+@triton.jit(do_not_specialize=["M", "H", "chunks", "part_rows"])
+def _memory_write_forward_combine_kernel(
+    acc,  # [chunks, B, M, H, D] float32
+    statistics,  # [2 * chunks + 1, B, H, M] float32
+    bias,  # [M, H * D] or None
+    output,  # [B, M, H, D], contiguous
+    attended,  # [B, M, H, D] float32, may be acc where there is one chunk; or None: nothing is saved
+    log_sum_exp,  # [B, H, M] float32: of the scaled logits, over the scale
+    own_weight,  # [B, H, M] float32
+    inv_norm,  # [B, M] float32
+    bias_strides,
+    log2_scale,
+    eps,
+    inv_eps,
+    M,
+    H,
+    chunks,
+    part_rows,  # B * M * H
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program a slot, all its heads."""
+    row = tl.program_id(0)
+    slot = row % M
+    heads = tl.arange(0, BLOCK_H)
+    channels = tl.arange(0, BLOCK_D)
+    in_heads = heads < H
+    inside = in_heads[:, None] & (channels < D)[None, :]
+    places = (row.to(tl.int64) * H + heads)[:, None] * D + channels[None, :]
+    per_head = ((row // M).to(tl.int64) * H + heads) * M + slot
+
+    top = statistics
+    total = statistics + tl.cast(chunks, tl.int64) * part_rows
+    own_logit = statistics + tl.cast(chunks, tl.int64) * 2 * part_rows
+    best = tl.load(top + per_head, mask=in_heads, other=0.0)
+    weight = tl.load(total + per_head, mask=in_heads, other=1.0)
+    u = tl.load(acc + places, mask=inside, other=0.0)
+    for _ in tl.range(1, chunks, loop_unroll_factor=4):  # four loads under way at a time
+        top += part_rows
+        total += part_rows
+        acc += tl.cast(part_rows, tl.int64) * D
+        here = tl.load(top + per_head, mask=in_heads, other=0.0)
+        count = tl.load(total + per_head, mask=in_heads, other=0.0)
+        part = tl.load(acc + places, mask=inside, other=0.0)
+        new_best = tl.maximum(best, here)
+        old_shrink = tl.exp2((best - new_best) * log2_scale)
+        new_shrink = tl.exp2((here - new_best) * log2_scale)
+        weight = weight * old_shrink + count * new_shrink
+        merged = u * old_shrink[:, None] + part * new_shrink[:, None]
+        u = tl.where((here == float("-inf"))[:, None], u, merged)  # saw nothing: exact to the sign of zero
+        best = new_best
+    u = u * (1.0 / weight)[:, None]
+    if attended is not None:
+        tl.store(attended + places, u, mask=inside)
+        own = tl.load(own_logit + per_head, mask=in_heads, other=0.0)
+        tl.store(own_weight + per_head, tl.exp2((own - best) * log2_scale) / weight, mask=in_heads)
+        tl.store(log_sum_exp + per_head, best + tl.log2(weight) / log2_scale, mask=in_heads)
+    inverse = 1.0
+    if bias is not None:
+        places_in_bias = slot.to(tl.int64) * bias_strides[0] + (heads * D)[:, None].to(tl.int64) * bias_strides[1]
+        b = tl.load(bias + places_in_bias + channels[None, :] * bias_strides[1], mask=inside, other=0.0)
+        u, inverse = normalise(u + b.to(tl.float32), eps, inv_eps)
+    if attended is not None:
+        tl.store(inv_norm + row, inverse)
+    tl.store(output + places, u.to(output.dtype.element_ty), mask=inside)

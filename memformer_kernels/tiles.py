@@ -1,0 +1,155 @@
+"""Tiles of the Triton kernels: how much of each dimension a program takes, with how many warps and stages.
+
+A pure function of the kernel, the architecture, the dtype, the head width and the tile of slots. Measured rows stand in
+`tile_tables/sm_<architecture>.json`, written by `memformer-kernels tune`; what has no row takes a sensible one. Nothing
+is tuned at run time: the order of sums never depends on a clock.
+"""
+
+import functools
+import json
+from importlib import resources
+from pathlib import Path
+
+import torch
+import triton
+
+from memformer_kernels import launch
+
+# Batch rows are added up in at most this many groups: enough programs for a GPU together with the slots, and a sum over
+# the groups that costs little. A constant: the order of a sum must not depend on the device.
+MOST_GROUPS = 16
+MOST_CHUNKS = 16
+LEAST_CHUNK = 512  # below it a program does not outlast its own start
+
+
+def head_block(width: int) -> int:
+    """Channels of a head's tile: the matrix units want a multiple of 16, tiles a power of two."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def row(channels: int) -> dict[str, int]:
+    """Launch of a kernel that holds one row of channels in registers: 16 of them a thread."""
+    block = triton.next_power_of_2(channels)
+    return {"BLOCK_C": block, "num_warps": min(32, max(1, block // 512))}
+
+
+def heads_row(heads: int, width: int) -> dict[str, int]:
+    """The same where the row comes as [heads, width]."""
+    block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(width)
+    return {"BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": min(32, max(1, block_h * block_d // 512))}
+
+
+def batch_groups(batch: int) -> tuple[int, int]:
+    """`(groups, batch rows of a group)` for a sum over the batch; no group is empty."""
+    group = -(-batch // MOST_GROUPS)
+    return -(-batch // group), group
+
+
+def slot_tile(slots: int, itemsize: int, block_d: int) -> int:
+    """Slots of a tile: all of them where their gradients, in float32, fit the registers of one program."""
+    if itemsize == 4:  # without matrix units a product is unrolled, and wants small tiles
+        most = 32 if block_d <= 64 else 16
+    else:
+        most = 128 if block_d <= 128 else 64
+    return min(most, max(16, triton.next_power_of_2(slots)))
+
+
+def token_chunk(tokens: int, block_m: int) -> int:
+    """Tokens of one program, of kernels that add up over tokens: their partial results, as large as the slots, then
+    cost an eighth of the tokens' own traffic at most, and their sum has at most `MOST_CHUNKS` terms.
+
+    Not a function of the batch: a row has the same bits in any batch.
+    """
+    chunk = max(LEAST_CHUNK, 16 * block_m, -(-tokens // MOST_CHUNKS))
+    return -(-chunk // 128) * 128  # a multiple of every tile
+
+
+def config(kernel: str, device: torch.device, itemsize: int, block_d: int, block_m: int = 0) -> dict[str, int]:
+    """A new dictionary of tiles and pipeline of `kernel`: a measured row, or a sensible one.
+
+    Args:
+        itemsize: bytes of an operand of the matrix products; 4 takes the IEEE path, without matrix units.
+        block_d: channels of a head's tile.
+        block_m: slots of a tile, for kernels that are tuned for each; 0 for others.
+    """
+    sm, row = architecture(device), row_name(itemsize, block_d, block_m)
+    for table in (_user_table, _table(sm)):
+        if row in table.get(kernel, {}):
+            return dict(table[kernel][row])
+    return (_sensible_16_bits if itemsize == 2 else _sensible_32_bits)(kernel, sm, block_d, block_m)
+
+
+def row_name(itemsize: int, block_d: int, block_m: int) -> str:
+    """The name of a row of a table."""
+    return f"{8 * itemsize} bits, D {block_d}" + (f", M {block_m}" if block_m else "")
+
+
+def _sensible_16_bits(kernel: str, architecture: int, block_d: int, block_m: int) -> dict[str, int]:
+    # 227 KiB of shared memory hold three stages of two tiles; the 99 KiB of compute capability 8.6 and 8.9 hold two
+    stages = 3 if architecture in (80, 90, 100, 103) and block_d <= 128 else 2
+    narrow = block_d <= 64
+    warps = 4 if narrow and block_m <= 64 else 8
+    if kernel == "memory_read_forward_resident":
+        return dict(BLOCK_L=128 if narrow else 64, chunk=512, num_warps=4, num_stages=2)
+    if kernel == "memory_read_forward":
+        return dict(BLOCK_L=128, BLOCK_M=64 if block_d <= 128 else 32, num_warps=4 if narrow else 8, num_stages=stages)
+    if kernel == "memory_read_backward_resident":
+        return dict(BLOCK_L=64, num_warps=warps, num_stages=2 if block_d <= 128 else 1)
+    if kernel == "memory_write_forward_attend":
+        return dict(BLOCK_L=64 if block_d <= 128 else 32, num_warps=warps, num_stages=stages)
+    if kernel == "memory_write_backward_resident":
+        return dict(BLOCK_L=64, num_warps=warps, num_stages=2 if block_d <= 128 else 1)
+    if kernel == "attention_backward_rows":
+        return dict(BLOCK_ROWS=128, BLOCK_KEYS=64 if block_d <= 128 else 32, num_warps=8, num_stages=2)
+    assert kernel == "attention_backward_keys"
+    return dict(
+        BLOCK_ROWS=64 if block_d <= 128 else 32,
+        BLOCK_KEYS=128 if block_d <= 128 else 64,
+        num_warps=8,
+        num_stages=2,
+    )
+
+
+def _sensible_32_bits(kernel: str, architecture: int, block_d: int, block_m: int) -> dict[str, int]:
+    # no matrix units: the products are unrolled multiply-adds, so tiles are small
+    tile = 32 if block_d <= 64 else 16
+    common = dict(num_warps=4, num_stages=1)
+    if kernel == "memory_read_forward":
+        return dict(BLOCK_L=tile, BLOCK_M=tile, **common)
+    if kernel == "memory_read_forward_resident":
+        return dict(BLOCK_L=tile, chunk=512, **common)
+    if kernel.startswith("attention_backward"):
+        return dict(BLOCK_ROWS=tile, BLOCK_KEYS=tile, **common)
+    return dict(BLOCK_L=tile, **common)
+
+
+def architecture(device: torch.device) -> int:
+    """10 * major + minor of the compute capability. The interpreter takes the tiles of an H100: it tests what runs."""
+    return _capability(device.index) if device.type == "cuda" else 90
+
+
+_user_table: dict[str, dict[str, dict[str, int]]] = {}
+
+
+def load_table(path: str | Path) -> None:
+    """Takes launch parameters from a file that `memformer-kernels tune` wrote, before those of the package."""
+    use_rows(json.loads(Path(path).read_text())["kernels"])
+
+
+def use_rows(rows: dict[str, dict[str, dict[str, int]]]) -> None:
+    """Puts `rows`, by kernel and row name, before the package's own; an empty dictionary takes them away."""
+    _user_table.clear()
+    _user_table.update(rows)
+    launch.forget_plans()
+
+
+@functools.cache
+def _table(architecture: int) -> dict[str, dict[str, dict[str, int]]]:
+    file = resources.files("memformer_kernels") / "tile_tables" / f"sm_{architecture}.json"
+    return json.loads(file.read_text())["kernels"] if file.is_file() else {}
+
+
+@functools.cache
+def _capability(device_index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor

@@ -1,0 +1,165 @@
+"""Compiles every Triton kernel as the ops launch it, for GPUs that need not be there, and prints what came out.
+
+    python tests/compile_triton.py --architectures 80 90 100
+
+Each op is called on CPU tensors, with the launch replaced by one that records its arguments; what is recorded is
+compiled ahead of time. One JSON line a kernel, dtype and shape.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter would take the kernels' place
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from memformer_kernels import launch, tiles
+from memformer_kernels.ops.memory_forget import triton as forget
+from memformer_kernels.ops.memory_read import triton as read
+from memformer_kernels.ops.memory_write import triton as write
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1"}
+
+
+def recorded(architecture, call):
+    """`(kernel, arguments, constants)` of each launch that `call` makes on a GPU of this architecture."""
+    launches = []
+    was = launch.Launcher.__call__, tiles.architecture
+    launch.Launcher.__call__ = lambda self, *tensors: launches.append(
+        (self.kernel, (*tensors, *self.arguments), self.constants)
+    )
+    tiles.architecture = lambda device: architecture
+    launch.forget_plans()
+    try:
+        call()
+    finally:
+        launch.Launcher.__call__, tiles.architecture = was
+        launch.forget_plans()
+    return launches
+
+
+def source(kernel, arguments, constants):
+    """The `ASTSource` and options of a launch, specialised as a launch specialises its arguments."""
+    signature, constexprs, attributes = {}, {}, {}
+
+    def describe(value, path, specialise):
+        if value is None:
+            constexprs[path] = None
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(describe(item, (*path, i), specialise) for i, item in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if specialise and value == 1:
+            constexprs[path] = 1
+            return "constexpr"
+        if specialise and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
+    for i, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constexprs[i,] = constants[parameter.name]
+        else:
+            signature[parameter.name] = describe(arguments[i], (i,), not parameter.do_not_specialize)
+    return ASTSource(kernel, signature, constexprs, attributes), options
+
+
+def facts(kernel, arguments, constants, architecture):
+    """What the compiled kernel uses. `stack` counts bytes a thread that did not fit its registers."""
+    ast, options = source(kernel, arguments, constants)
+    compiled = triton.compile(ast, target=GPUTarget("cuda", architecture, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    return {
+        "kernel": kernel.__name__,
+        "architecture": architecture,
+        "shared": compiled.metadata.shared,
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "wgmma": "wgmma.mma_async" in ptx,
+        "mma": "mma.sync" in ptx or "tcgen05.mma" in ptx,
+        "tf32": "tf32" in ptx,
+        "constants": constants,
+    }
+
+
+def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
+    """Every op, forward and backward, as closures by name."""
+    per_token = torch.empty(B, L, H, D, dtype=dtype).transpose(1, 2)
+    per_slot = torch.empty(B, M, H, D, dtype=dtype).transpose(1, 2)
+    memory, bias = torch.empty(B, M, H * D, dtype=dtype), torch.empty(M, H * D, dtype=dtype)
+    mask = torch.ones(B, M, dtype=torch.bool) if masked else None
+    token_mask = torch.ones(B, L, dtype=torch.bool) if masked else None
+    options = 0.125, allow_tf32
+    read_call = per_token, per_slot, per_slot, mask
+    write_call = per_slot, per_slot, memory, per_token, per_token, bias, token_mask
+    statistics = torch.empty(B, H, M)
+
+    def read_backward():
+        saves = read.saves_log_sum_exp(per_token, per_slot)
+        saved = (per_token, torch.empty(B, H, L), per_token) if saves else (None, None, None)
+        read.backward(per_token, *read_call, *saved, *options)
+
+    def write_backward():
+        saved = torch.empty(B, M, H * D), statistics, statistics, torch.empty(B, M)
+        write.backward(memory, *write_call, *saved, 0.125, 1e-12, allow_tf32)
+
+    return {
+        "memory_read forward": lambda: read.forward(*read_call, *options, True),
+        "memory_read backward": read_backward,
+        "memory_write forward": lambda: write.forward(*write_call, 0.125, 1e-12, allow_tf32, True),
+        "memory_write backward": write_backward,
+        "memory_forget forward": lambda: forget.forward(memory, bias, 1e-12),
+        "memory_forget backward": lambda: forget.backward(memory, memory, bias, torch.empty(B, M), 1e-12),
+    }
+
+
+# Head width, slots, tokens, hidden ones: every kernel, with and without masks, every tile of slots
+SHAPES = (
+    (64, 16, 512, False),
+    (64, 64, 512, False),
+    (64, 128, 4096, True),
+    (64, 300, 4096, False),
+    (128, 32, 512, True),
+    (128, 128, 4096, False),
+    (128, 300, 4096, True),
+    (256, 64, 500, False),
+    (24, 5, 33, True),
+)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def report(architectures):
+    for architecture in architectures:
+        for dtype in DTYPES:
+            for D, M, L, masked in SHAPES:
+                for allow_tf32 in (False, True) if dtype == torch.float32 and D == 64 else (False,):
+                    for name, call in calls(dtype, 2, 4, M, L, D, masked, allow_tf32).items():
+                        for launched in recorded(architecture, call):
+                            row = {"op": name, "dtype": str(dtype)[6:], "D": D, "M": M, "L": L, "masked": masked}
+                            yield row | {"allow_tf32": allow_tf32} | facts(*launched, architecture)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90, 100])
+    for line in report(parser.parse_args().architectures):
+        print(json.dumps(line), flush=True)

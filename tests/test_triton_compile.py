@@ -1,0 +1,78 @@
+"""Every Triton kernel compiles for GPUs that are not here, and comes out as it is meant to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("compile_triton.py")
+SHARED_MEMORY = {
+    80: 163,
+    90: 227,
+    100: 227,
+}  # KiB a program may have (CUDA C++ Programming Guide, compute capabilities)
+PRODUCTS = ("memory_read", "memory_write_forward_attend", "memory_write_backward_resident", "attention_backward")
+
+
+@pytest.fixture(scope="module", params=sorted(SHARED_MEMORY))
+def kernels(request):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[1])
+    command = [sys.executable, str(SCRIPT), "--architectures", str(request.param)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def multiplies(row):
+    return row["kernel"].lstrip("_").startswith(PRODUCTS)
+
+
+def test_every_kernel_is_compiled(kernels):
+    names = {row["kernel"].lstrip("_") for row in kernels}
+    assert names >= {
+        "memory_read_forward_resident_kernel",
+        "memory_read_forward_kernel",
+        "memory_read_backward_resident_kernel",
+        "attention_backward_rows_kernel",
+        "attention_backward_keys_kernel",
+        "memory_write_forward_attend_kernel",
+        "memory_write_forward_combine_kernel",
+        "memory_write_backward_rows_kernel",
+        "memory_write_backward_resident_kernel",
+        "memory_write_backward_query_kernel",
+        "memory_forget_forward_kernel",
+        "memory_forget_backward_kernel",
+        "sum_partials_kernel",
+    }
+
+
+def test_shared_memory_fits(kernels):
+    for row in kernels:
+        assert row["shared"] <= SHARED_MEMORY[row["architecture"]] * 1024, row
+
+
+def test_registers_are_not_spilled(kernels):
+    for row in kernels:
+        # a handful of bytes does not show in any timing; what does begins in the hundreds
+        assert row["stack"] <= 128, row
+
+
+def test_16_bit_products_run_on_the_matrix_units_and_float32_ones_do_not(kernels):
+    for row in kernels:
+        if multiplies(row) and row["dtype"] == "bfloat16":
+            assert row["wgmma"] or row["mma"], row
+            if row["architecture"] == 90 and min(row["M"], row["D"]) >= 64:
+                assert row["wgmma"], row
+        elif not row["allow_tf32"]:
+            assert not (row["wgmma"] or row["mma"] or row["tf32"]), row
+
+
+def test_tf32_is_used_where_it_is_allowed(kernels):
+    allowed = [row for row in kernels if row["allow_tf32"] and multiplies(row)]
+    assert allowed and all(row["tf32"] for row in allowed)
