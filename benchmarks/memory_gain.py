@@ -37,8 +37,8 @@ RECIPES = {
         Settings(steps=1400, batch=16, horizons=(6,), learning_rate=2e-3, method="bptt"),
     ),
     "L128": (
-        MemformerLMConfig(slots=128, segment_length=128),
-        Settings(steps=4600, batch=32, horizons=(4,), learning_rate=2e-3, method="bptt"),
+        MemformerLMConfig(slots=64, segment_length=128),
+        Settings(steps=4000, batch=32, horizons=(4,), learning_rate=2e-3, method="bptt"),
     ),
 }
 

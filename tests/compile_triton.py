@@ -69,7 +69,9 @@ def source(kernel, arguments, constants):
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if abs(value) < 2**31 else "i64"
 
-    options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
+    options = {
+        name: value for name, value in constants.items() if name in ("num_warps", "num_stages", "enable_fp_fusion")
+    }
     for i, parameter in enumerate(kernel.params):
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
@@ -132,30 +134,28 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
     }
 
 
-# Head width, slots, tokens, hidden ones: every kernel, with and without masks, every tile of slots
-SHAPES = (
-    (64, 16, 512, False),
-    (64, 64, 512, False),
-    (64, 128, 4096, True),
-    (64, 300, 4096, False),
-    (128, 32, 512, True),
-    (128, 128, 4096, False),
-    (128, 300, 4096, True),
-    (256, 64, 500, False),
-    (24, 5, 33, True),
-)
-DTYPES = (torch.bfloat16, torch.float32)
+# Head width, slots, tokens, hidden ones: every kernel, whole tiles and parts of one, one tile of slots and several
+SHAPES = ((64, 64, 512, False), (128, 128, 4096, True), (64, 300, 4096, False), (24, 5, 33, True))
+WIDE_SHAPES = ((64, 16, 512, False), (64, 128, 4096, False), (128, 32, 512, False), (128, 128, 4096, False))
+WIDE_SHAPES += ((128, 300, 4096, False), (256, 64, 500, False))
 
 
 def report(architectures):
+    """Each kernel and variant once. The architecture that is tuned is looked at more closely."""
     for architecture in architectures:
-        for dtype in DTYPES:
-            for D, M, L, masked in SHAPES:
-                for allow_tf32 in (False, True) if dtype == torch.float32 and D == 64 else (False,):
-                    for name, call in calls(dtype, 2, 4, M, L, D, masked, allow_tf32).items():
-                        for launched in recorded(architecture, call):
-                            row = {"op": name, "dtype": str(dtype)[6:], "D": D, "M": M, "L": L, "masked": masked}
-                            yield row | {"allow_tf32": allow_tf32} | facts(*launched, architecture)
+        seen = set()
+        shapes = SHAPES + (WIDE_SHAPES if architecture == 90 else ())
+        cases = [(torch.bfloat16, shape, False) for shape in shapes]
+        cases += [(torch.float32, SHAPES[i], allow_tf32) for i, allow_tf32 in ((0, False), (2, False), (0, True))]
+        for dtype, (D, M, L, masked), allow_tf32 in cases:
+            for name, call in calls(dtype, 2, 4, M, L, D, masked, allow_tf32).items():
+                for kernel, arguments, constants in recorded(architecture, call):
+                    ast, options = source(kernel, arguments, constants)
+                    key = str((kernel.__name__, ast.signature, ast.constants, ast.attrs, options))
+                    if key not in seen:
+                        seen.add(key)
+                        row = {"op": name, "dtype": str(dtype)[6:], "D": D, "M": M, "L": L, "masked": masked}
+                        yield row | {"allow_tf32": allow_tf32} | facts(kernel, arguments, constants, architecture)
 
 
 if __name__ == "__main__":

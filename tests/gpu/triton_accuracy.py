@@ -7,7 +7,7 @@ import torch
 from triton_calls import OPS, UNIT_ROUNDOFF, Check, answer, dtypes, name_of, run, wide
 
 from memformer_kernels import testing
-from memformer_kernels.testing import make_case
+from memformer_kernels.testing import cotangent, make_case
 
 FLOAT32_LIMIT = 2e-5
 
@@ -103,6 +103,20 @@ def logit_roundings(case):
     return UNIT_ROUNDOFF[torch.float32] * case.options.get("scale", scale) * terms
 
 
+def own_key_rounding(case):
+    """The rounding error of the own key's gradient where a slot sees little but itself.
+
+    That gradient is scale * w0 * (rowdot(du, slots) - rowdot(du, u)) * query, and u is then nearly the slot: what is
+    left of the difference may be less than the roundings of its terms. The eager op has the same error.
+    """
+    tensors = case.map(wide).tensors
+    query, slots = tensors["query"], tensors["slots"]
+    split = (query.shape[1], query.shape[3])
+    terms = (cotangent(case).to(slots).abs() * slots.abs()).unflatten(-1, split).sum(-1).transpose(1, 2)
+    scale = split[1] ** -0.5 / case.options["temperature"]
+    return UNIT_ROUNDOFF[torch.float32] * scale * largest(terms[..., None] * query.abs())
+
+
 def allowed_error(expected, eager_error, dtype, storage, benign, roundings=0.0):
     """The largest error that one tensor may have; `dtype` is the call's, `storage` that of the tensor."""
     if dtype == torch.float32:
@@ -126,6 +140,8 @@ def check_accuracy(device, op, dtype, widths):
             answered = expected[name]
             error, eager_error = largest_error(tensor, answered), largest_error(eager[name], answered)
             allowed = allowed_error(answered, eager_error, dtype, tensor.dtype, benign, roundings)
+            if name == "grad_own_key" and not benign:
+                allowed += own_key_rounding(case)
             if error > allowed:
                 failures.append(f"{name} {error:.3g} > {allowed:.3g} of {largest(answered):.3g}, {describe(case)}")
             fullest = max(fullest, error / allowed)

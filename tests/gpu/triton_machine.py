@@ -14,6 +14,7 @@ from triton_calls import (
     Check,
     answer,
     differing,
+    differing_in_layout,
     dtypes,
     most_resident,
     name_of,
@@ -209,7 +210,7 @@ def check_large_strides(device):
             for dim in range(4) if slots == 3 else (2,):
                 placed = far_apart({**case.tensors, "grad": grad}, dim)
                 laid_out = Case(op, {name: t for name, t in placed.items() if name != "grad"}, case.options)
-                wrong = differing(run(laid_out, placed["grad"]), expected)
+                wrong = differing_in_layout(op, run(laid_out, placed["grad"]), expected)
                 assert not wrong, f"{op} M {slots} dimension {dim}: {wrong}"
                 del placed, laid_out
                 torch.cuda.empty_cache()
@@ -260,6 +261,7 @@ def check_threads(device):
 def check_compile(device, op):
     """`torch.compile` takes the call as one graph, and gives the bits of the call."""
     for dtype in dtypes(device):
+        torch._dynamo.reset()
         case = make_case(op, slots=17, tokens=37, width=16, dtype=dtype, device=device, masked=0.3)
         compiled = torch.compile(
             registered(op), fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
@@ -283,7 +285,7 @@ def check_opcheck(device, op):
             *tensors, eps = call
             arguments = (grad, *tensors, *saved, eps)
         elif op == "memory_read":
-            kept = (output, *saved) if saved[0].dim() == 3 else (None, None)
+            kept = (output, *saved) if saved[0].dim() == 3 else (None, None, None)
             arguments = (grad, *call[:4], *kept, *call[4:])
         else:
             arguments = (grad, *call[:7], *saved, *call[7:])

@@ -86,7 +86,8 @@ def check_sanitizer(device):
     if sanitizer is None:
         return {"skipped": "not found"}
     for what in ("calls", "uninitialised"):  # fills the cache of compiled kernels: compiling is no part of the limit
-        subprocess.run([sys.executable, __file__, what], check=True, capture_output=True, env=environment())
+        done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, env=environment())
+        assert not done.returncode, f"{what} without the sanitizer: {done.returncode} {done.stderr[-1500:]}"
     with ThreadPoolExecutor(len(RUNS)) as pool:
         verdicts = dict(zip(RUNS, pool.map(lambda run: under_sanitizer(sanitizer, *run), RUNS.values()), strict=True))
     figures = {f"errors of {name}": errors for name, (errors, _) in verdicts.items()}

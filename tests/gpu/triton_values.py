@@ -11,6 +11,7 @@ from triton_calls import (
     answer,
     contiguous,
     differing,
+    differing_in_layout,
     infer,
     most_resident,
     name_of,
@@ -36,7 +37,7 @@ def slot_counts(op, dtype):
 
 
 def check_layouts(device, op, dtype):
-    """Every tensor in every layout, the incoming gradient too, gives the bits that contiguous tensors give.
+    """Every tensor in every layout, the incoming gradient too, gives what contiguous tensors give.
 
     Not one byte of the memory that they are views of changes.
     """
@@ -52,7 +53,8 @@ def check_layouts(device, op, dtype):
                 run(Case(op, {name: t for name, t in call.items() if name != "grad"}, case.options), call["grad"])
                 for call in (placed, {name: contiguous(tensor) for name, tensor in placed.items()})
             )
-            assert not differing(got, expected), f"{where}: {differing(got, expected)}"
+            wrong = differing_in_layout(op, got, expected)
+            assert not wrong, f"{where}: {wrong}"
             changed = [name for name, tensor in placed.items() if not torch.equal(storage(tensor), before[name])]
             assert not changed, f"{where}: {changed} have changed"
 
