@@ -21,10 +21,7 @@ def tensor(op: str, **arguments: object) -> None:
 def shape(op: str, layout: str, expected: tuple[int, ...], **arguments: Tensor) -> None:
     """`layout` names the dimensions ("[B, H, M, D]"), `expected` their sizes; -1 accepts any size."""
     for name, value in arguments.items():
-        agrees = value.dim() == len(expected) and all(
-            want in (-1, have) for want, have in zip(expected, value.shape, strict=True)
-        )
-        if not agrees:
+        if value.shape != expected and not _agrees(value.shape, expected):
             sizes = "" if all(size == -1 for size in expected) else f" = {_sizes(expected)}"
             fail(op, name, f"have shape {layout}{sizes}", list(value.shape))
 
@@ -76,6 +73,10 @@ def at_least(op: str, smallest: float, **arguments: object) -> None:
         _number(op, name, value)
         if not (math.isfinite(value) and value >= smallest):
             fail(op, name, f"be finite and at least {smallest}", value)
+
+
+def _agrees(have: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return len(have) == len(expected) and all(want in (-1, size) for want, size in zip(expected, have, strict=True))
 
 
 def _number(op: str, name: str, value: object) -> None:

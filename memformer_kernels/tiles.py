@@ -19,6 +19,7 @@ from memformer_kernels import launch
 # the groups that costs little. A constant: the order of a sum must not depend on the device.
 MOST_GROUPS = 16
 MOST_CHUNKS = 16
+SMALL_SHARED_MEMORY = (86, 89, 120, 121)  # architectures with 99 KiB a program instead of 163 or 227
 LEAST_CHUNK = 512  # below it a program does not outlast its own start
 
 
@@ -50,10 +51,13 @@ def batch_groups(batch: int) -> tuple[int, int]:
     return -(-batch // group), group
 
 
-def slot_tile(slots: int, itemsize: int, block_d: int) -> int:
-    """Slots of a tile: all of them where their gradients, in float32, fit the registers of one program."""
+def slot_tile(slots: int, itemsize: int, block_d: int, device: torch.device) -> int:
+    """Slots of a tile: all of them where their gradients, in float32, fit the registers of one program, and they and
+    their tokens the shared memory."""
     if itemsize == 4:  # without matrix units a product is unrolled, and wants small tiles
         most = 32 if block_d <= 64 else 16
+    elif architecture(device) != 90:  # 99 or 163 KiB of shared memory, or 512 columns of tensor memory
+        most = 128 if block_d <= 64 else 64 if block_d <= 128 else 16
     else:
         most = 128 if block_d <= 128 else 64
     return min(most, max(16, triton.next_power_of_2(slots)))
@@ -90,29 +94,27 @@ def row_name(itemsize: int, block_d: int, block_m: int) -> str:
 
 
 def _sensible_16_bits(kernel: str, architecture: int, block_d: int, block_m: int) -> dict[str, int]:
-    # 227 KiB of shared memory hold three stages of two tiles; the 99 KiB of compute capability 8.6 and 8.9 hold two
-    stages = 3 if architecture in (80, 90, 100, 103) and block_d <= 128 else 2
+    small = architecture in SMALL_SHARED_MEMORY
     narrow = block_d <= 64
     warps = 4 if narrow and block_m <= 64 else 8
+    tile = 64 if block_d <= 128 else 32
+    stages = 1 if small and not narrow else 2
     if kernel == "memory_read_forward_resident":
-        return dict(BLOCK_L=128 if narrow else 64, chunk=512, num_warps=4, num_stages=2)
-    if kernel == "memory_read_forward":
-        return dict(BLOCK_L=128, BLOCK_M=64 if block_d <= 128 else 32, num_warps=4 if narrow else 8, num_stages=stages)
-    if kernel == "memory_read_backward_resident":
-        return dict(BLOCK_L=64, num_warps=warps, num_stages=2 if block_d <= 128 else 1)
+        return dict(BLOCK_L=128 if narrow else tile, chunk=512, num_warps=4, num_stages=stages)
+    if kernel in ("memory_read_backward_resident", "memory_write_backward_resident"):
+        return dict(BLOCK_L=tile, num_warps=warps, num_stages=stages if block_d <= 128 else 1)
     if kernel == "memory_write_forward_attend":
-        return dict(BLOCK_L=64 if block_d <= 128 else 32, num_warps=warps, num_stages=stages)
-    if kernel == "memory_write_backward_resident":
-        return dict(BLOCK_L=64, num_warps=warps, num_stages=2 if block_d <= 128 else 1)
+        return dict(BLOCK_L=tile, num_warps=warps, num_stages=stages if small or block_d > 128 else 3)
+    if kernel == "memory_read_forward":
+        deep = 2 if small or block_d > 128 else 3
+        rows = 64 if small and not narrow else 128
+        return dict(BLOCK_L=rows, BLOCK_M=tile, num_warps=4 if narrow else 8, num_stages=min(deep, stages + 1))
     if kernel == "attention_backward_rows":
-        return dict(BLOCK_ROWS=128, BLOCK_KEYS=64 if block_d <= 128 else 32, num_warps=8, num_stages=2)
+        rows = 128 if narrow or block_d <= 128 and not small else 64
+        return dict(BLOCK_ROWS=rows, BLOCK_KEYS=tile // 2 if small else tile, num_warps=8, num_stages=stages)
     assert kernel == "attention_backward_keys"
-    return dict(
-        BLOCK_ROWS=64 if block_d <= 128 else 32,
-        BLOCK_KEYS=128 if block_d <= 128 else 64,
-        num_warps=8,
-        num_stages=2,
-    )
+    keys = 2 * tile if narrow or architecture == 90 else tile
+    return dict(BLOCK_ROWS=tile // 2 if small else tile, BLOCK_KEYS=keys, num_warps=8, num_stages=stages)
 
 
 def _sensible_32_bits(kernel: str, architecture: int, block_d: int, block_m: int) -> dict[str, int]:

@@ -52,8 +52,9 @@ class Problem:
 
     @property
     def row(self) -> str:
-        block_m = tiles.slot_tile(self.slots, 2, tiles.head_block(self.width)) if self.kernel in RESIDENT else 0
-        return tiles.row_name(2, tiles.head_block(self.width), block_m)
+        block_d = tiles.head_block(self.width)
+        block_m = tiles.slot_tile(self.slots, 2, block_d, torch.device("cuda", 0)) if self.kernel in RESIDENT else 0
+        return tiles.row_name(2, block_d, block_m)
 
     def sizes(self) -> dict[str, int]:
         many = self.slots > 128
@@ -89,7 +90,7 @@ def calls(problem: Problem, batch: int | None = None) -> Callable[[], object]:
         if "forward" in problem.kernel:
             return lambda: read.forward(*call, scale, False, False)
         saved = read.forward(*call, scale, False, True)
-        saved = saved if saved[1].dim() == 3 else (None, None, None)
+        saved = saved if saved[1] is not None else (None, None, None)
         grad = normal(*per_token)
         return lambda: read.backward(grad, *call, *saved, scale, False)
     call = (

@@ -16,6 +16,7 @@ SHARED_MEMORY = {
     90: 227,
     100: 227,
 }  # KiB a program may have (CUDA C++ Programming Guide, compute capabilities)
+TENSOR_MEMORY = 512  # columns, of compute capability 10.0
 PRODUCTS = ("memory_read", "memory_write_forward_attend", "memory_write_backward_resident", "attention_backward")
 
 
@@ -52,9 +53,10 @@ def test_every_kernel_is_compiled(kernels):
     }
 
 
-def test_shared_memory_fits(kernels):
+def test_shared_and_tensor_memory_fit(kernels):
     for row in kernels:
         assert row["shared"] <= SHARED_MEMORY[row["architecture"]] * 1024, row
+        assert row["tensor_memory"] <= TENSOR_MEMORY, row
 
 
 def test_kernels_live_in_registers(kernels):
@@ -67,7 +69,8 @@ def test_16_bit_products_run_on_the_matrix_units_and_float32_ones_do_not(kernels
     for row in kernels:
         if multiplies(row) and row["dtype"] == "bfloat16":
             assert row["wgmma"] or row["mma"], row
-            if row["architecture"] == 90 and min(row["M"], row["D"]) >= 64:
+            tile = row["constants"].get("BLOCK_L", 0) or row["constants"]["BLOCK_KEYS"]
+            if row["architecture"] == 90 and min(row["M"], row["D"], tile) >= 64:  # a wgmma has 64 rows
                 assert row["wgmma"], row
         elif not row["allow_tf32"]:
             assert not (row["wgmma"] or row["mma"] or row["tf32"]), row

@@ -11,7 +11,7 @@ from memformer_kernels.ops.precision import wide_dtype
 def _fake_forward(query, own_key, slots, key, value, bias, token_mask, scale, eps, allow_tf32, save, backend):
     batch, heads, count, _ = query.shape
     shapes = slots.shape, (batch, heads, count), (batch, heads, count), (batch, count)
-    saved = (slots.new_empty(shape if save else 0, dtype=wide_dtype(slots)) for shape in shapes)
+    saved = (slots.new_empty(s, dtype=wide_dtype(slots)) if save else query.new_empty(0) for s in shapes)
     return slots.new_empty(slots.shape), *saved
 
 
@@ -34,7 +34,7 @@ def _fake_backward(
     backend,
 ):
     grad_query, grad_own_key, grad_key, grad_value = (new_per_head(t, t.shape[2]) for t in (query, own_key, key, value))
-    grad_bias = slots.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    grad_bias = grad.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return grad_query, grad_own_key, slots.new_empty(slots.shape), grad_key, grad_value, grad_bias
 
 

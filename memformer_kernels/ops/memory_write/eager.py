@@ -53,10 +53,10 @@ def forward(
     eps: float,
     allow_tf32: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`(output, attended, log_sum_exp, own_weight, inv_norm)`: u [B, M, C], lse and p0 [B, H, M], 1 / norm [B, M].
 
-    All but the output are in float32, and empty unless `save`. A kernel may keep the log-sum-exp in another unit.
+    All but the output are in float32, and None unless `save`. A kernel may keep the log-sum-exp in another unit.
     """
     with torch.no_grad():
         attended, log_sum_exp, own_weight = _attend(query, own_key, slots, key, value, token_mask, scale)
@@ -64,7 +64,7 @@ def forward(
         if bias is not None:
             output, inv_norm = normalise(attended + wide(bias), eps)
         saved = attended, log_sum_exp, own_weight, inv_norm
-        return output.to(slots.dtype, copy=True), *(t if save else t.new_empty(0) for t in saved)
+        return output.to(slots.dtype, copy=True), *(saved if save else (None,) * 4)
 
 
 @outside_autocast
@@ -84,10 +84,10 @@ def backward(
     scale: float,
     eps: float,
     allow_tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, own_key, slots, key, value and bias (an empty tensor when there is no bias)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, own_key, slots, key, value and bias (None when there is none)."""
     grad_z = wide(grad)
-    grad_bias = grad.new_empty(0)
+    grad_bias = None
     if bias is not None:
         grad_z = normalise_backward(grad_z, attended + wide(bias), inv_norm, eps)
         grad_bias = grad_z.sum(0).to(bias.dtype)

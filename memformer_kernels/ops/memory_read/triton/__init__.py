@@ -27,11 +27,8 @@ def unsupported_reason(
 
 def saves_log_sum_exp(query: Tensor, key: Tensor) -> bool:
     """Whether the backward needs output and log-sum-exp: not where all slots fit one tile."""
-    return _slot_tile(query.shape[-1], key.shape[2], query.dtype) < key.shape[2]
-
-
-def _slot_tile(width: int, slots: int, dtype: torch.dtype) -> int:
-    return tiles.slot_tile(slots, dtype.itemsize, tiles.head_block(width))
+    slots = key.shape[2]
+    return tiles.slot_tile(slots, query.dtype.itemsize, tiles.head_block(query.shape[-1]), query.device) < slots
 
 
 def _strides(mask: Tensor | None) -> tuple[int, int] | None:
@@ -44,7 +41,8 @@ def _forward_plan(
 ) -> tuple[bool, launch.Launcher]:
     """`(whether the slots come in several tiles, launcher)`."""
     B, H, L, D = shape
-    block_d, block_m = tiles.head_block(D), _slot_tile(D, slots, dtype)
+    block_d = tiles.head_block(D)
+    block_m = tiles.slot_tile(slots, dtype.itemsize, block_d, device)
     strides = query_strides, key_strides, value_strides, mask_strides or (0, 0)
     constants = {"D": D, "BLOCK_D": block_d, "PRECISION": "tf32" if allow_tf32 else "ieee"}
     arguments = *strides, scale * LOG2_E, L, slots, H
@@ -63,22 +61,20 @@ def _forward_plan(
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float, allow_tf32: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(output, log_sum_exp, rounding)`: [B, H, L, D]; [B, H, L] in float32; [B, H, L, D]: what the rounding of the
-    output took away. The last two are empty where the backward needs none."""
+    output took away. The last two are None where the backward needs none."""
     shape, slots = query.shape, key.shape[2]
     strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
     several_tiles, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, scale, allow_tf32, save)
-    output = new_per_head(query, shape[2])
-    saves = several_tiles and save
-    log_sum_exp = query.new_empty(shape[:3] if saves else 0, dtype=torch.float32)
-    rounds = saves and query.dtype != torch.float32
-    rounding = new_per_head(query, shape[2]) if rounds else query.new_empty(0)
+    output, log_sum_exp, rounding = new_per_head(query, shape[2]), None, None
+    if several_tiles and save:
+        log_sum_exp = query.new_empty(shape[:3], dtype=torch.float32)
+        rounding = new_per_head(query, shape[2]) if query.dtype != torch.float32 else None
     if output.numel() == 0 or slots == 0:
-        return output.zero_(), log_sum_exp.zero_(), rounding.zero_()
+        return output.zero_(), log_sum_exp, rounding
     if several_tiles:
-        saved = log_sum_exp if save else None, rounding if rounds else None
-        run(query, key, value, slot_mask, output, *saved)
+        run(query, key, value, slot_mask, output, log_sum_exp, rounding)
     else:
         run(query, key, value, slot_mask, output)
     return output, log_sum_exp, rounding
@@ -101,7 +97,8 @@ def _backward_plan(
 ):
     """`(chunks of tokens, launchers)`: one that streams the tokens, or those of rows and keys."""
     B, H, L, D = shape
-    block_d, block_m = tiles.head_block(D), _slot_tile(D, slots, dtype)
+    block_d = tiles.head_block(D)
+    block_m = tiles.slot_tile(slots, dtype.itemsize, block_d, device)
     strides = query_strides, key_strides, value_strides, mask_strides or (0, 0)
     constants = {"D": D, "BLOCK_D": block_d, "PRECISION": "tf32" if allow_tf32 else "ieee"}
     scales = scale * LOG2_E, scale

@@ -69,7 +69,7 @@ def _forward_plan(
     """`(chunks of tokens, launcher of the attention, launcher of what brings heads and chunks together)`."""
     B, H, M, D = shape
     itemsize, block_d = dtypes[0].itemsize, tiles.head_block(D)
-    block_m = tiles.slot_tile(M, itemsize, block_d)
+    block_m = tiles.slot_tile(M, itemsize, block_d, device)
     config = tiles.config("memory_write_forward_attend", device, itemsize, block_d, block_m)
     chunk = tiles.token_chunk(tokens, block_m)
     chunks = max(1, -(-tokens // chunk))
@@ -107,8 +107,8 @@ def forward(
     eps: float,
     allow_tf32: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(output, attended, log_sum_exp, own_weight, inv_norm)`; all but the output in float32, empty unless `save`.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`(output, attended, log_sum_exp, own_weight, inv_norm)`; all but the output in float32, None unless `save`.
 
     The log-sum-exp is that of the scaled logits, over the scale.
     """
@@ -133,9 +133,7 @@ def forward(
         attend(query, own_key, slots, key, value, token_mask, acc, statistics)
         saved = attended if save else None, log_sum_exp, own_weight, inv_norm
         combine(acc, statistics, bias, output, *saved)
-    if not save:
-        return output, new(0), new(0), new(0), new(0)
-    return output, attended, log_sum_exp, own_weight, inv_norm
+    return output, attended if save else None, log_sum_exp, own_weight, inv_norm
 
 
 @launch.planned
@@ -159,7 +157,7 @@ def _backward_plan(
     """`(groups of the batch, chunks of tokens, launchers by stage)`."""
     B, H, M, D = shape
     itemsize, block_d = dtypes[0].itemsize, tiles.head_block(D)
-    block_m = tiles.slot_tile(M, itemsize, block_d)
+    block_m = tiles.slot_tile(M, itemsize, block_d, device)
     groups, group = tiles.batch_groups(B)
     row = tiles.heads_row(H, D)
     stages = {
@@ -238,16 +236,17 @@ def backward(
     scale: float,
     eps: float,
     allow_tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, own_key, slots, key, value and bias (an empty tensor when there is no bias)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, own_key, slots, key, value and bias (None when there is none)."""
     shape, tokens = query.shape, key.shape[2]
     B, H, M, D = shape
     grad_query, grad_own_key = new_per_head(query, M), new_per_head(query, M)
     grad_key, grad_value = new_per_head(key, tokens), new_per_head(key, tokens)
     grad_slots = slots.new_empty(slots.shape)
-    grad_bias = slots.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    grad_bias = None if bias is None else bias.new_empty(bias.shape)
     if grad_slots.numel() == 0:
-        return grad_query, grad_own_key, grad_slots, grad_key.zero_(), grad_value.zero_(), grad_bias.zero_()
+        grad_bias = None if bias is None else grad_bias.zero_()
+        return grad_query, grad_own_key, grad_slots, grad_key.zero_(), grad_value.zero_(), grad_bias
     strides = grad.stride(), query.stride(), own_key.stride(), slots.stride(), key.stride(), value.stride()
     dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
     options = scale, eps, allow_tf32
