@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memformer_kernels import backend, explain, memory_forget, memory_read
 from memformer_kernels.testing import make_case, run
@@ -159,6 +160,28 @@ def test_choice_of_a_fused_backend_compiles_as_one_graph(plant, op, requested, a
     case = make_case(op, masked=0.4)
     agree(run(case, function=torch.compile(call, fullgraph=True, backend="aot_eager")), eager(case))
     assert set(calls("triton")) == {"forward", "backward"}
+
+
+class Watch(TorchDispatchMode):
+    """Somebody who looks at every operation, as a profiler of products or a tracer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", backend.OPS)
+def test_who_watches_operations_sees_the_registered_ops(op, registered, same_bits):
+    case = make_case(op)
+    alone = run(case, function=registered(op))
+    with Watch() as watch:
+        watched = run(case, function=registered(op))
+    assert {f"memformer_kernels.{op}_{direction}.default" for direction in ("forward", "backward")} <= watch.seen
+    assert same_bits(watched, alone)
 
 
 def test_calls_from_many_threads_find_the_same_backend(plant):
