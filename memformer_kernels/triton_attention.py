@@ -12,7 +12,7 @@ products a tile instead of five, but no sum over memory, no atomics, and a progr
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import load_mask, load_tile, store_tile
+from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "H", "chunk"])
@@ -54,10 +54,10 @@ def attention_backward_rows_kernel(
     part = tl.program_id(0) // tiles % chunks
     head = tl.program_id(0) // tiles // chunks % H
     batch = (tl.program_id(0) // tiles // chunks // H).to(tl.int64)
-    grad += batch * grad_strides[0] + head.to(tl.int64) * grad_strides[1]
-    query += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
-    key += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
-    value += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
+    grad = at_head(grad, batch, head, grad_strides)
+    query = at_head(query, batch, head, query_strides)
+    key = at_head(key, batch, head, key_strides)
+    value = at_head(value, batch, head, value_strides)
     log_sum_exp += (batch * H + head) * rows
     delta += (batch * H + head) * rows
     grad_query += part.to(tl.int64) * part_stride + (batch * rows * H + head) * D
@@ -73,7 +73,7 @@ def attention_backward_rows_kernel(
     if output is None:
         d = tl.load(delta + row, mask=inside, other=0.0)
     else:
-        output += batch * output_strides[0] + head.to(tl.int64) * output_strides[1]
+        output = at_head(output, batch, head, output_strides)
         out = load_tile(output, row, output_strides[2], output_strides[3], inside, D, BLOCK_D)
         out = out.to(tl.float32)
         if rounding is not None:
@@ -137,10 +137,10 @@ def attention_backward_keys_kernel(
     part = tl.program_id(0) // tiles % chunks
     head = tl.program_id(0) // tiles // chunks % H
     batch = (tl.program_id(0) // tiles // chunks // H).to(tl.int64)
-    grad += batch * grad_strides[0] + head.to(tl.int64) * grad_strides[1]
-    query += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
-    key += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
-    value += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
+    grad = at_head(grad, batch, head, grad_strides)
+    query = at_head(query, batch, head, query_strides)
+    key = at_head(key, batch, head, key_strides)
+    value = at_head(value, batch, head, value_strides)
     log_sum_exp += (batch * H + head) * rows
     delta += (batch * H + head) * rows
     grad_key += part.to(tl.int64) * part_stride + (batch * keys * H + head) * D

@@ -11,6 +11,12 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
+def at_head(base, batch, head, strides):
+    """Where the rows of one head begin in a [B, H, rows, D]; `batch` is an int64."""
+    return base + batch * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
 def load_tile(base, rows, row_stride, channel_stride, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[rows, BLOCK_D] of a matrix with D channels. Rows where `keep` is false are never read; these, and the channels
     from D on, are 0. `keep` None reads every row."""

@@ -11,7 +11,7 @@ two kernels of `triton_attention`, with delta = rowsum(p * dp) = rowdot(grad, ou
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import load_mask, load_tile, store_tile
+from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["L", "M", "H", "chunk"])
@@ -49,10 +49,10 @@ def _memory_read_backward_resident_kernel(
     part = tl.program_id(0) % chunks
     head = tl.program_id(0) // chunks % H
     batch = (tl.program_id(0) // chunks // H).to(tl.int64)
-    grad += batch * grad_strides[0] + head.to(tl.int64) * grad_strides[1]
-    query += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
-    key += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
-    value += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
+    grad = at_head(grad, batch, head, grad_strides)
+    query = at_head(query, batch, head, query_strides)
+    key = at_head(key, batch, head, key_strides)
+    value = at_head(value, batch, head, value_strides)
     grad_query += (batch * L * H + head) * D
     grad_key += part.to(tl.int64) * part_stride + (batch * M * H + head) * D
     grad_value += part.to(tl.int64) * part_stride + (batch * M * H + head) * D

@@ -9,7 +9,7 @@ tiles of slots with the online softmax, and the log-sum-exp, over the scale, is 
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import attend, load_mask, load_tile, store_tile
+from memformer_kernels.triton_helpers import at_head, attend, load_mask, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["L", "M", "H", "chunk"])
@@ -40,9 +40,9 @@ def _memory_read_forward_resident_kernel(
     begin = tl.program_id(0) % chunks * chunk
     head = tl.program_id(0) // chunks % H
     batch = (tl.program_id(0) // chunks // H).to(tl.int64)
-    query += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
-    key += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
-    value += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
+    query = at_head(query, batch, head, query_strides)
+    key = at_head(key, batch, head, key_strides)
+    value = at_head(value, batch, head, value_strides)
     output += (batch * L * H + head) * D
 
     slots = tl.arange(0, BLOCK_M)
@@ -99,9 +99,9 @@ def _memory_read_forward_kernel(
     tokens = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
     head = tl.program_id(0) // tiles % H
     batch = (tl.program_id(0) // tiles // H).to(tl.int64)
-    query += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
-    key += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
-    value += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
+    query = at_head(query, batch, head, query_strides)
+    key = at_head(key, batch, head, key_strides)
+    value = at_head(value, batch, head, value_strides)
     output += (batch * L * H + head) * D
     if rounding is not None:
         rounding += (batch * L * H + head) * D

@@ -13,7 +13,7 @@ fit one tile take the two kernels of `triton_attention` instead.
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import load_mask, load_tile, normalise_backward, store_tile
+from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, normalise_backward, store_tile
 
 
 @triton.jit(do_not_specialize=["B", "M", "H", "group", "part_stride"])
@@ -127,10 +127,10 @@ def _memory_write_backward_resident_kernel(
     head = tl.program_id(0) // chunks % H
     batch = (tl.program_id(0) // chunks // H).to(tl.int64)
     grad_attended += (batch * M * H + head) * D
-    query += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
-    own_key += batch * own_key_strides[0] + head.to(tl.int64) * own_key_strides[1]
-    key += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
-    value += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
+    query = at_head(query, batch, head, query_strides)
+    own_key = at_head(own_key, batch, head, own_key_strides)
+    key = at_head(key, batch, head, key_strides)
+    value = at_head(value, batch, head, value_strides)
     if token_mask is not None:
         token_mask += batch * mask_strides[0]
     grad_query += (part.to(tl.int64) * part_rows + batch * M * H + head) * D

@@ -11,7 +11,7 @@ alone: a row of the batch has the same bits in any batch.
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import attend, load_mask, load_tile, normalise, store_tile
+from memformer_kernels.triton_helpers import at_head, attend, load_mask, load_tile, normalise, store_tile
 
 
 @triton.jit(do_not_specialize=["L", "M", "H", "chunk", "part_rows"])
@@ -50,11 +50,11 @@ def _memory_write_forward_attend_kernel(
     part = tl.program_id(0) // tiles % chunks
     head = tl.program_id(0) // tiles // chunks % H
     batch = (tl.program_id(0) // tiles // chunks // H).to(tl.int64)
-    query += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
-    own_key += batch * own_key_strides[0] + head.to(tl.int64) * own_key_strides[1]
+    query = at_head(query, batch, head, query_strides)
+    own_key = at_head(own_key, batch, head, own_key_strides)
     slots += batch * slots_strides[0] + head.to(tl.int64) * D * slots_strides[2]
-    key += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
-    value += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
+    key = at_head(key, batch, head, key_strides)
+    value = at_head(value, batch, head, value_strides)
     if token_mask is not None:
         token_mask += batch * mask_strides[0]
     acc_out += (part.to(tl.int64) * part_rows + batch * M * H + head) * D
