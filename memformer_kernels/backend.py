@@ -1,6 +1,6 @@
 """Which implementation of an op runs, and why each other does not.
 
-An op lives in `ops/<op>/`. A fused backend is a module there, named `cuda.py` or `triton.py`, that offers
+An op lives in `ops/<op>/`. A fused backend is a module or package there, named `cuda` or `triton`, that offers
 `unsupported_reason(*call) -> str | None`, `forward` and `backward`; `eager.py` is the definition and runs
 everywhere. The choice is a function of the tensors of the call and of nothing that is stored here.
 """
@@ -29,7 +29,7 @@ _implementations: dict[tuple[str, str], ModuleType | str | None] = {}
 
 
 def implementation(op: str, backend: str) -> ModuleType | str | None:
-    """The module `ops/<op>/<backend>.py`; a string that says why it cannot be imported; None where there is none."""
+    """The module `ops/<op>/<backend>`; a string that says why it cannot be imported; None where there is none."""
     _look_up_implementations()
     return _implementations[op, backend]
 
@@ -120,7 +120,7 @@ def explain(op: str | Callable, *arguments: Tensor, **options: object) -> Explan
     >>> print(explain("memory_forget", slots, bias))
     memory_forget runs on eager
       not cuda: slots must be on a CUDA device, got cpu
-      not triton: memory_forget has no triton kernel in this version
+      not triton: slots must be on a CUDA device, got cpu
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:

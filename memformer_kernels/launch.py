@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,6 +25,8 @@ def unsupported_reason(**tensors: Tensor) -> str | None:
 
 @functools.cache
 def _unsupported_device(index: int) -> str | None:
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set: the interpreter is for tests, slow and wrong in bfloat16"
     major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"the GPU must have compute capability 8.0 or above, got {major}.{minor}"
 
@@ -42,7 +45,10 @@ def unsupported_scale(scale: float) -> str | None:
 
 
 def planned(function: Callable) -> Callable:
-    """Caches the plan of a call: a function of shapes, strides, dtype, device and options that returns launchers."""
+    """Caches the plan of a call: a function of shapes, strides, dtype, device and options that returns launchers.
+
+    Its arguments are all that decides which variant of a kernel runs, also what it does not look at itself.
+    """
     cached = functools.lru_cache(maxsize=4096)(function)
     _plans.append(cached)
     return cached
@@ -61,8 +67,8 @@ class Launcher:
     """A kernel with everything but its tensors fixed. Calling it with them launches it, on their device and its current
     stream.
 
-    Triton's own call looks at every argument to find the variant to run, some 70 us for these kernels. Here the variant
-    is known but for one thing, whether the tensors are aligned to 16 bytes: for those that are, it is looked up once.
+    Triton's own call looks at every argument each time, to find the variant to run. Here the variant is known but for
+    one thing, whether the tensors are aligned to 16 bytes: for those that are, it is looked up once.
     """
 
     def __init__(self, kernel: Callable, programs: int, arguments: tuple, **constants: object):
