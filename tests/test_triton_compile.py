@@ -59,10 +59,20 @@ def test_shared_and_tensor_memory_fit(kernels):
         assert row["tensor_memory"] <= TENSOR_MEMORY, row
 
 
+def spill_limit(row):
+    """Bytes of the stack a thread may use. The fastest kernels are sometimes just over the edge, most of all at 128
+    slots of 128 channels on sm_90, where they were measured; what lives in local memory shows in many KiB."""
+    constants = row["constants"]
+    if not multiplies(row):
+        return 64
+    if constants["BLOCK_D"] == 256:
+        return 448
+    return 832 if constants["BLOCK_D"] == constants.get("BLOCK_M") == 128 else 192
+
+
 def test_kernels_live_in_registers(kernels):
     for row in kernels:
-        # of those with products the fastest are sometimes just over the edge; what lives in local memory shows in KiB
-        assert row["stack"] <= (1024 if multiplies(row) else 64), row
+        assert row["stack"] <= spill_limit(row), row
 
 
 def test_16_bit_products_run_on_the_matrix_units_and_float32_ones_do_not(kernels):

@@ -1,0 +1,114 @@
+"""What Triton kernels refuse, and the tiles that they are launched with."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from memformer_kernels import launch, tiles, tuning
+from memformer_kernels.testing import make_case, oracle
+
+DEVICE = torch.device("cpu")  # takes the tiles of an H100
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, for machines without one."""
+
+    is_cuda = True
+
+
+def reason(op, *, width=8, heads=2, dtype=torch.float32, **options):
+    api, backend = (importlib.import_module(f"memformer_kernels.ops.{op}.{room}") for room in ("api", "triton"))
+    case = make_case(op, width=width, heads=heads, dtype=dtype).map(lambda t: t.as_subclass(OnGpu))
+    return backend.unsupported_reason(*api.prepare(**case.tensors, **options))
+
+
+@pytest.fixture
+def capable(monkeypatch):
+    monkeypatch.setattr(launch, "_unsupported_device", lambda index: None)
+
+
+@pytest.mark.parametrize(
+    "op, call, words",
+    [
+        ("memory_read", {}, None),
+        ("memory_read", {"width": 256}, None),
+        ("memory_read", {"width": 257}, "query must have at most 256 channels a head, got 257"),
+        ("memory_read", {"dtype": torch.float64}, "query must be float32, float16 or bfloat16, got torch.float64"),
+        ("memory_read", {"scale": 1e-31}, "the scale must be from 2**-100 to 2**100, got 1e-31"),
+        ("memory_write", {"width": 257}, "query must have at most 256 channels a head, got 257"),
+        ("memory_write", {"width": 128, "heads": 128}, None),
+        ("memory_write", {"width": 128, "heads": 129}, "slots must have at most 16384 channels, got 16512"),
+        ("memory_write", {"scale": 1e31}, "the scale must be from 2**-100 to 2**100"),
+        ("memory_write", {"eps": 1e38}, "eps must be from 2**-126 to 2**126, got 1e+38"),
+        ("memory_forget", {"width": 1024, "heads": 32}, None),
+        ("memory_forget", {"width": 1024, "heads": 33}, "slots must have at most 32768 channels, got 33792"),
+        ("memory_forget", {"eps": 1e38}, "eps must be from 2**-126 to 2**126, got 1e+38"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_its_reason(capable, op, call, words):
+    got = reason(op, **call)
+    assert got is None if words is None else words in got
+
+
+def test_cpu_tensors_are_refused():
+    call = tuple(make_case("memory_forget").tensors.values())
+    backend = importlib.import_module("memformer_kernels.ops.memory_forget.triton")
+    assert backend.unsupported_reason(*call) == "slots must be on a CUDA device, got cpu"
+
+
+def test_the_interpreter_is_no_backend():
+    tensors = [t.as_subclass(OnGpu) for t in make_case("memory_forget").tensors.values()]
+    backend = importlib.import_module("memformer_kernels.ops.memory_forget.triton")
+    assert "TRITON_INTERPRET is set" in backend.unsupported_reason(*tensors)
+
+
+@pytest.mark.parametrize("op, heads", [("memory_forget", 512), ("memory_write", 256)])
+def test_the_widest_slots_are_right(triton, agree, op, heads):
+    case = make_case(op, batch=1, heads=heads, slots=1, tokens=2, width=64)
+    agree(triton(case), oracle(case))
+
+
+def test_a_table_of_ones_own_comes_before_the_packages(tmp_path):
+    before = tiles.config("memory_read_forward", DEVICE, 2, 64)
+    own = {"BLOCK_L": 16, "BLOCK_M": 16, "num_warps": 1, "num_stages": 1}
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"kernels": {"memory_read_forward": {tiles.row_name(2, 64, 0): own}}}))
+    try:
+        tiles.load_table(file)
+        assert tiles.config("memory_read_forward", DEVICE, 2, 64) == own != before
+        assert tiles.config("memory_read_forward", DEVICE, 2, 128) != own
+    finally:
+        tiles.use_rows({})
+    assert tiles.config("memory_read_forward", DEVICE, 2, 64) == before
+
+
+def test_a_table_decides_how_the_next_call_is_launched(triton, agree):
+    case = make_case("memory_read", slots=40, tokens=20)
+    agree(triton(case), oracle(case))
+    own = {"BLOCK_L": 64, "BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
+    try:
+        tiles.use_rows({"memory_read_forward": {tiles.row_name(4, 16, 0): own}})
+        plan = importlib.import_module("memformer_kernels.ops.memory_read.triton")._forward_plan
+        agree(triton(case), oracle(case))
+        assert plan.cache_info()[:2] == (0, 1)  # no hit, one miss: the plan made before the change is gone
+    finally:
+        tiles.use_rows({})
+
+
+def test_every_measured_row_is_a_candidate_of_the_tuner():
+    table = tiles._table(90)
+    assert set(table) == set(tuning.SPACES)
+    for kernel, rows in table.items():
+        for row in rows.values():
+            assert set(row) == set(tuning.SPACES[kernel])
+
+
+@pytest.mark.parametrize("tokens", [1, 512, 513, 4096, 65536, 10**6 + 1])
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+def test_chunks_are_whole_tiles_and_few(tokens, block_m):
+    chunk = tiles.token_chunk(tokens, block_m)
+    assert chunk % 128 == 0 and chunk >= 16 * block_m and -(-tokens // chunk) <= tiles.MOST_CHUNKS
