@@ -1,0 +1,48 @@
+"""A function recorded once as a CUDA graph, then replayed without its Python and its launches."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Recording(Generic[Result]):
+    """`replay()` does what `body()` did when it was recorded, on the same tensors.
+
+    On a GPU `body` is captured: it reads its inputs from tensors that stay, and what it returns stays too and is
+    overwritten by the next replay. It must not wait for the GPU, nor decide anything by values. On a CPU `replay` calls
+    `body`, so that what is built on recordings is the same code everywhere.
+
+    Args:
+        body: a function without arguments. It runs `warm_ups` times before it is recorded (kernels are compiled,
+            libraries set up their workspaces), so that running it once more must do no harm.
+        device: where its tensors lie.
+        pool: memory that recordings share, from `torch.cuda.graph_pool_handle()`. What one of them leaves in it, another
+            may overwrite, but for tensors that are still referred to while the other is recorded.
+    """
+
+    def __init__(
+        self, body: Callable[[], Result], device: torch.device, *, pool: tuple | None = None, warm_ups: int = 2
+    ):
+        self._body, self._graph = body, None
+        if device.type != "cuda":
+            return
+        with torch.cuda.device(device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(warm_ups):
+                    body()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._result = body()
+        self._body, self._graph = None, graph  # the graph holds what it needs, but not what the closure holds
+
+    def replay(self) -> Result:
+        if self._graph is None:
+            return self._body()
+        self._graph.replay()
+        return self._result
