@@ -1,6 +1,7 @@
 """A function recorded once as a CUDA graph, then replayed without its Python and its launches."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -19,8 +20,8 @@ class Recording(Generic[Result]):
         body: a function without arguments. It runs `warm_ups` times before it is recorded (kernels are compiled,
             libraries set up their workspaces), so that running it once more must do no harm.
         device: where its tensors lie.
-        pool: memory that recordings share, from `torch.cuda.graph_pool_handle()`. What one of them leaves in it, another
-            may overwrite, but for tensors that are still referred to while the other is recorded.
+        pool: memory that recordings share, from `torch.cuda.graph_pool_handle()`. What one of them leaves in it,
+            another may overwrite, but for tensors that are still referred to while the other is recorded.
     """
 
     def __init__(
@@ -30,12 +31,9 @@ class Recording(Generic[Result]):
         if device.type != "cuda":
             return
         with torch.cuda.device(device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            with aside(device):
                 for _ in range(warm_ups):
                     body()
-            torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._result = body()
@@ -46,3 +44,17 @@ class Recording(Generic[Result]):
             return self._body()
         self._graph.replay()
         return self._result
+
+
+@contextlib.contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """A stream of its own, as what is to be captured must be warmed up on; a CPU has none."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)

@@ -1,5 +1,7 @@
 """Memory-replay back-propagation over any segment cell."""
 
 from memformer_kernels.replay.api import memory_replay
+from memformer_kernels.replay.captured import CapturedCell
+from memformer_kernels.replay.stages import StagedCell
 
-__all__ = ["memory_replay"]
+__all__ = ["CapturedCell", "StagedCell", "memory_replay"]

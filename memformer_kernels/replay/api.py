@@ -4,13 +4,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from memformer_kernels import checks
-from memformer_kernels.replay.rollout import replay
+from memformer_kernels.replay.budget import Keeper, budget_in_bytes
+from memformer_kernels.replay.captured import CapturedCell, NotCapturable
+from memformer_kernels.replay.python_part import PythonPart
+from memformer_kernels.replay.rollout import NoTape, Parts, differentiable, run_parts, weighed_sum
+from memformer_kernels.replay.stages import StagedCell, functions_of
+from memformer_kernels.replay.surroundings import (
+    Autocast,
+    ModuleState,
+    RandomState,
+    Surroundings,
+    modules_of,
+    versions_of,
+)
+from memformer_kernels.replay.tree import Tree
 
 OP = "memory_replay"
 METHODS = ("replay", "checkpoint", "bptt")
+REDUCTIONS = ("none", "mean", "sum")
 
 
 @torch.compiler.disable
@@ -20,9 +35,11 @@ def memory_replay(
     state: Any,
     *,
     method: str = "replay",
+    reduction: str = "none",
+    activation_budget: int | float | None = None,
     strict: bool = False,
     random_sources: Sequence[Any] = (),
-) -> tuple[list[Any], Any]:
+) -> tuple[Any, Any]:
     """Runs `output, state = cell(segment, state)` over the segments; gradients equal full back-propagation.
 
         outputs, state = [], state
@@ -34,14 +51,23 @@ def memory_replay(
         cell: a module, a bound method or a function; called with one segment and the state. Every tensor that needs
             a gradient must be a leaf (a parameter), or come in through the segments or the state; what it returns is
             all that a loss may be made of. A gradient that the cell itself takes ends at the segment.
+            A `StagedCell` says what of it has to run segment after segment; a `CapturedCell` runs as CUDA graphs.
         segments: a sequence of pytrees. The engine does not look into them except for tensors that need a gradient.
         state: a pytree; its floating-point tensors carry gradients from segment to segment.
         method: how the backward gets what it needs.
             "replay": memory-replay back-propagation. The forward keeps the state before each segment and nothing
-                else; the backward runs each segment again, last to first. Memory: S states and one segment. Without
-                grad mode the segments are run as they are.
+                else, but for `activation_budget`; the backward runs each segment again, last to first. Memory: S
+                states and one segment. Without grad mode the segments are run as they are.
             "checkpoint": `torch.utils.checkpoint` of each segment.
             "bptt": everything is kept. Memory: S segments.
+        reduction: "none" returns one output a segment. "mean" or "sum": outputs are scalars, and their mean or sum is
+            returned. The `readout` of a `StagedCell` is then run once instead of twice: its gradient is made in the
+            forward, and scaled in the backward by what arrives there (but for float16, where that would come too late
+            for a gradient scaler).
+        activation_budget: bytes of graphs that replay may keep (a float: that part of the GPU's free memory). The
+            last segments keep their graph, as many as fit, and are not run again: from pure replay at 0 to full
+            back-propagation. It also bounds how many segments `prepare` and `readout` take at once. By default
+            the last segment alone keeps its graph, and groups are as large as the graph of one segment.
         strict: replay also compares the output and next state of every replayed segment with those of the forward,
             bit for bit, and raises where they differ: the cell then draws on a source of randomness or a state that
             the engine does not know.
@@ -50,7 +76,7 @@ def memory_replay(
             `numpy.random`. Replay puts them back to where each segment began, and afterwards to where they stood.
 
     Returns:
-        `(outputs, state)`: one output per segment, and the state after the last.
+        `(outputs, state)`: one output per segment, or with `reduction` a scalar, and the state after the last segment.
 
     What replay keeps: PyTorch's CPU and CUDA random state (dropout masks are the same bits), autocast, buffers
     (updated once) and the train or eval mode of the modules that the cell is or refers to, gradients of a subset of
@@ -72,11 +98,21 @@ def memory_replay(
     for argument, given in (("segments", segments), ("random_sources", random_sources)):
         if not isinstance(given, Sequence):
             checks.fail(OP, argument, "be a sequence, such as a list or a tuple", type(given).__name__, TypeError)
-    if method not in METHODS:
-        checks.fail(OP, "method", f"be one of {', '.join(METHODS)}", repr(method))
+    for argument, given, known in (("method", method, METHODS), ("reduction", reduction, REDUCTIONS)):
+        if given not in known:
+            checks.fail(OP, argument, f"be one of {', '.join(known)}", repr(given))
+    _check_budget(activation_budget)
+    if reduction != "none" and not segments:
+        checks.fail(OP, "segments", f'hold at least one segment with reduction="{reduction}"', "none")
+    weight = {"none": None, "sum": 1.0, "mean": 1 / max(len(segments), 1)}[reduction]
     if method == "replay":
-        return replay(cell, list(segments), state, strict=strict, random_sources=tuple(random_sources))
-    for option, given in (("strict", strict), ("random_sources", random_sources)):
+        options = dict(strict=strict, random_sources=tuple(random_sources))
+        return _replay(cell, list(segments), state, weight=weight, activation_budget=activation_budget, **options)
+    for option, given in (
+        ("strict", strict),
+        ("random_sources", random_sources),
+        ("activation_budget", activation_budget is not None),
+    ):
         if given:
             checks.fail(OP, option, 'be left out unless method="replay"', repr(given))
     outputs = []
@@ -86,4 +122,66 @@ def memory_replay(
         else:
             output, state = cell(segment, state)
         outputs.append(output)
-    return outputs, state
+    return _reduced(outputs, weight), state
+
+
+def _replay(
+    cell: Callable,
+    segments: list,
+    state: Any,
+    *,
+    weight: float | None,
+    activation_budget: int | float | None,
+    strict: bool,
+    random_sources: tuple,
+) -> tuple[Any, Any]:
+    if not segments:
+        return [], state
+    modules = modules_of(cell)
+    parameters = [p for m in modules for p in m.parameters() if not is_lazy(p)]
+    inputs = [t for tree in (*segments, state) for t in Tree.of(tree).tensors()]
+    devices = sorted({t.device for t in (*inputs, *parameters)}, key=str)
+    surroundings = Surroundings(RandomState(devices, random_sources), Autocast.now(devices), ModuleState(modules))
+    budget = budget_in_bytes(activation_budget, next((d for d in devices if d.type == "cuda"), None))
+
+    captured = None
+    if isinstance(cell, CapturedCell):
+        if not strict and not random_sources:
+            captured = cell
+        cell = cell.cell
+    staged = isinstance(cell, StagedCell)
+    # a gradient scaler's factor arrives with the backward, too late for a gradient in float16 that is made before
+    early = weight is not None and staged and cell.readout is not None and not surroundings.autocast.to(torch.float16)
+    versions = dict(zip(parameters, versions_of(parameters), strict=True))
+
+    def rollout(parts: Parts) -> tuple[Any, Any]:
+        if torch.is_grad_enabled():
+            options = dict(budget=budget, weight=weight if early else None)
+            outputs, final = differentiable(parts, surroundings, versions, segments, state, **options)
+            return outputs if early else _reduced(outputs, weight), final
+        with surroundings.kept_if_raises():
+            outputs, final = run_parts(NoTape(), parts, segments, state, budget=budget)
+        return _reduced(outputs, weight), final
+
+    if captured is not None and (parts := captured.parts(surroundings, parameters, inputs, budget)) is not None:
+        try:
+            return rollout(parts)
+        except NotCapturable as error:
+            captured.give_up(error)
+    keeper = Keeper(budget, count=staged)
+    functions = functions_of(cell)
+    return rollout(Parts(**{n: PythonPart(f, surroundings, keeper, strict=strict) for n, f in functions.items()}))
+
+
+def _reduced(outputs: list[Any], weight: float | None) -> Any:
+    return outputs if weight is None else weighed_sum(outputs, weight)
+
+
+def _check_budget(budget: Any) -> None:
+    if budget is None or isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
+        return
+    if isinstance(budget, float) and 0 <= budget <= 1:
+        if not torch.cuda.is_available():
+            checks.fail(OP, "activation_budget", "be a number of bytes where there is no GPU", repr(budget))
+        return
+    checks.fail(OP, "activation_budget", "be bytes from 0 up, or a part of free memory from 0.0 to 1.0", repr(budget))

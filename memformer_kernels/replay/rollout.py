@@ -4,142 +4,220 @@
     backward   g = dLoss/dm_S; for t = S-1 .. 0:  run cell(x_t, m_t) again; back-propagate dLoss/do_t and g through it;
                add up the parameters' gradients; g = dLoss/dm_t
 
-Each segment of the forward has a graph for a moment, as each of the backward has: it is walked to find the leaves that
-need a gradient, and thrown away. So the caller declares no parameters; a tensor that cannot be replayed is refused; the
-node's inputs are the leaves in use and no others, as full back-propagation would have it; and both passes run the same
-kernels, where PyTorch has others for a forward without a graph.
+A rollout is a list of calls of the cell's parts: of the cell itself, one a segment, or of the three parts of a
+`StagedCell`. A call reads values and makes values; the values that calls read are kept, and nothing else. The backward
+goes through the calls from the last to the first with a table of the values' gradients. How a call is run, and run
+again, its part knows: `python_part` in Python, `captured` from CUDA graphs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from memformer_kernels.replay.graph import graph_mark, leaves_of
-from memformer_kernels.replay.surroundings import (
-    Autocast,
-    ModuleState,
-    RandomState,
-    hooks_replaced,
-    modules_of,
-    same_bits,
-    versions_of,
-)
-from memformer_kernels.replay.tree import Tree
+from memformer_kernels.replay.surroundings import Surroundings, versions_of
+from memformer_kernels.replay.totals import Totals
+from memformer_kernels.replay.tree import Tree, as_leaf
+
+Grads = list[Tensor | None]
+
+
+class Part(Protocol):
+    """A function of pytrees that can be run again."""
+
+    parameters: list[Tensor]  # leaves in use, as far as they are known
+    bytes_each: int | None  # what the graph of one segment holds
+
+    def run_only(self, arguments: Tree) -> Tree:
+        """The result, never to be run again."""
+
+    def run(self, label: str, arguments: Tree, left: int) -> tuple[Tree, Any]:
+        """The result, cut off its graph, and a record for `pull`. `label` names the call in messages; `left` segments
+        come after it."""
+
+    def pull(self, record: Any, arguments: Tree, grads: Grads, totals: Totals) -> Grads:
+        """Runs again, and back-propagates gradients of the result's tensors to those of the arguments' tensors; those
+        of the parameters go to `totals`."""
+
+    def run_and_pull(self, label: str, arguments: Tree, weight: float, totals: Totals) -> tuple[Tree, Grads]:
+        """The result, and the gradients where that of each of its elements is `weight`."""
+
+    def group(self, left: int, budget: int | None) -> int:
+        """How many of `left` segments to take at once."""
 
 
 @dataclass
-class Segment:
-    """What is kept of one segment between the passes."""
+class Parts:
+    """A cell's parts; a plain cell is all `advance`."""
 
-    segment: Tree
-    state: Tree
-    random: tuple
-    modules: tuple[list[Tensor], list[bool]]
-    outputs: int = 0  # tensors in its output; in `needs_grad` and `result` those of the next state follow
-    needs_grad: list[bool] = field(default_factory=list)
-    result: list[Tensor] | None = None  # when strict
+    advance: Part
+    prepare: Part | None = None
+    readout: Part | None = None
+
+    def allowed(self, budget: int | None) -> int | None:
+        """The budget of a group: by default the graph of one segment."""
+        return self.advance.bytes_each if budget is None else budget
 
 
 @dataclass
-class Rollout:
-    """One call: the cell, its surroundings, and what the forward keeps for the backward."""
+class Call:
+    part: Part
+    arguments: Tree  # hollow: its tensors are the values `reads`
+    reads: list[int]
+    makes: list[int]
+    record: Any
+    early: Grads | None = None  # gradients of what it reads, where the forward made them
 
-    cell: Callable
-    random: RandomState
-    autocast: Autocast
-    modules: ModuleState
-    strict: bool
+
+@dataclass
+class Tape:
+    """The calls of one rollout in the order they ran, and the values between them."""
+
     versions: dict[Tensor, int]  # of the parameters before the forward
-    parameters: list[Tensor] = field(default_factory=list)  # those in use
-    segments: list[Segment] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    early: Totals = field(default_factory=Totals)  # of the parameters, where the forward made them
+    loss: int | None = None  # the value that is the sum of the early calls' results
+    values: list[Tensor | None] = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=list)
+    _numbers: dict[int, int] = field(default_factory=dict)  # of values, by the identity of their tensors
 
-    def run(self, segment: Tree, state: Tree) -> tuple[Tree, Tree]:
-        with self.autocast.again():
-            result = self.cell(segment.whole(), state.whole())
+    def admit(self, tree: Tree) -> Tree:
+        """The tree's tensors, without their graphs, as values."""
+        tree = tree.cut()
+        for tensor in tree.tensors():
+            self._numbers[id(tensor)] = len(self.values)
+            self.values.append(tensor)
+        return tree
+
+    def numbers(self, tree: Tree) -> list[int]:
+        return [self._numbers[id(t)] for t in tree.tensors()]
+
+    def call(self, part: Part, label: str, left: int, *arguments: Any, weight: float | None = None) -> Any:
+        """The part's result on pytrees of values, a pytree of values; with a weight, its gradient at once."""
+        tree, early, record = Tree.of(arguments), None, None
+        leaves = tree.cut()
+        if weight is None:
+            result, record = part.run(label, leaves, left)
+        else:
+            result, early = part.run_and_pull(label, leaves, weight, self.early)
+        result = self.admit(result)
+        self.calls.append(Call(part, tree.hollow(), self.numbers(tree), self.numbers(result), record, early))
+        return result.whole()
+
+    def make_loss(self, loss: Tensor) -> Tensor:
+        """`loss`, the sum of the early calls' results, as a value."""
+        differentiable = any(g is not None for call in self.calls for g in call.early or ())
+        (loss,) = self.admit(Tree.of([loss.requires_grad_(differentiable)])).tensors()
+        self.loss = self._numbers[id(loss)]
+        return loss
+
+    def close(self) -> list[Tensor]:
+        """The forward is over: returns the values that the backward needs, in order of their numbers."""
+        self.early.settle()
+        self.parameters = list({id(p): p for call in self.calls for p in call.part.parameters}.values())
+        for parameter in self.parameters:
+            self.versions.setdefault(parameter, parameter._version)
+        kept = {n for call in self.calls if call.early is None for n in call.reads}
+        self.values = [value if n in kept else None for n, value in enumerate(self.values)]
+        self._numbers.clear()
+        return [value for value in self.values if value is not None]
+
+
+class NoTape:
+    """Calls without gradients."""
+
+    def admit(self, tree: Tree) -> Tree:
+        return tree
+
+    def call(self, part: Part, label: str, left: int, *arguments: Any) -> Any:
+        return part.run_only(Tree.of(arguments)).whole()
+
+
+def run_parts(
+    tape: Tape | NoTape, parts: Parts, segments: Sequence[Any], state: Any, *, budget: int | None, **at_once: float
+) -> tuple[list[Any], Any]:
+    """The rollout itself: `advance` from segment to segment, `prepare` and `readout` of many segments at once."""
+    inputs, outputs = list(segments) if parts.prepare is None else [], []
+    for t in range(len(segments)):
+        if t == len(inputs):
+            inputs += _next_group(tape, parts.prepare, "prepare", [segments], t, parts.allowed(budget))
+        result = tape.call(parts.advance, f"segment {t}", len(segments) - 1 - t, inputs[t], state)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"memory_replay: cell must return (output, next_state), got {type(result).__name__}")
-        return Tree.of(result[0]), Tree.of(result[1])
-
-    def forward(self, segments: list[Tree], state: Tree, step: Callable) -> tuple[list[Tree], Tree]:
-        """Outputs and final state, by `step(segment, state)`. All or nothing."""
-        outputs = []
-        with self.random.kept_if_raises(), self.modules.kept_if_raises():
-            for segment in segments:
-                output, state = step(segment, state)
-                outputs.append(output)
-        return outputs, state
-
-    def run_and_keep(self, segment: Tree, state: Tree) -> tuple[Tree, Tree]:
-        """The next segment; keeps what the backward needs, and lets go of its graph."""
-        t, kept = len(self.segments), Segment(segment.cut(), state.cut(), self.random.get(), self.modules.record())
-        given = [*kept.segment.tensors(), *kept.state.tensors()]
-        versions, mark = versions_of(given), graph_mark()
-        output, next_state = self.run(kept.segment, kept.state)
-        if versions_of(given) != versions:
-            raise RuntimeError(
-                f"memory_replay: cell must not modify its segment or its state in place, got a change in segment {t}"
-            )
-        if hiding := [*output.hides_graph(), *next_state.hides_graph()]:
-            raise TypeError(
-                f"memory_replay: cell must return pytrees, got tensors inside {type(hiding[0]).__name__}; "
-                f"make it known with torch.utils._pytree.register_pytree_node"
-            )
-        made = [*output.tensors(), *next_state.tensors()]
-        for leaf in leaves_of(made, [*given, *self.parameters], mark):
-            self.parameters.append(leaf)
-            self.versions.setdefault(leaf, leaf._version)
-        kept.outputs, kept.needs_grad = len(output.tensors()), [m.requires_grad for m in made]
-        # copies, as the caller may modify what is returned
-        kept.result = [m.detach().clone() for m in made] if self.strict else None
-        self.segments.append(kept)
-        return output.cut(), next_state.cut()
+        outputs.append(result[0])
+        state = result[1]
+    if parts.readout is not None:
+        features, outputs = outputs, []
+        while (t := len(outputs)) < len(segments):
+            budget_now = parts.allowed(budget)
+            outputs += _next_group(tape, parts.readout, "readout", [features, segments], t, budget_now, **at_once)
+    return outputs, state
 
 
-def replay(cell: Callable, segments: list, state: Any, *, strict: bool, random_sources: tuple) -> tuple[list, Any]:
-    """See `memory_replay`."""
-    if not segments:
-        return [], state
-    trees, state_tree = [Tree.of(s) for s in segments], Tree.of(state)
-    inputs = [t for tree in (*trees, state_tree) for t in tree.tensors()]
-    modules = modules_of(cell)
-    parameters = [p for m in modules for p in m.parameters() if not is_lazy(p)]
-    devices = sorted({t.device for t in (*inputs, *parameters)}, key=str)
-    rollout = Rollout(
-        cell,
-        RandomState(devices, random_sources),
-        Autocast.now(devices),
-        ModuleState(modules),
-        strict,
-        dict(zip(parameters, versions_of(parameters), strict=True)),
-    )
-    if not torch.is_grad_enabled():
-        outputs, final = rollout.forward(trees, state_tree, rollout.run)
-    else:
-        outputs, final = rollout.forward(trees, state_tree, rollout.run_and_keep)
-        made = [t for tree in (*outputs, final) for t in tree.tensors()]
-        made = iter(_Replay.apply(rollout, made, *inputs, *rollout.parameters))
-        *outputs, final = [tree.replace([next(made) for _ in tree.tensors()]) for tree in (*outputs, final)]
-    return [o.whole() for o in outputs], final.whole()
+def _next_group(
+    tape: Tape | NoTape, part: Part, name: str, lists: list[Sequence[Any]], t: int, budget: int | None, **at_once: float
+) -> list[Any]:
+    """A part that takes lists, from segment t on, over as many segments as the budget allows."""
+    left = len(lists[0]) - t
+    size = part.group(left, budget)
+    label = f"{name} of segments {t} to {t + size - 1}"
+    result = tape.call(part, label, left - size, *(list(one[t : t + size]) for one in lists), **at_once)
+    if not (isinstance(result, list | tuple) and len(result) == size):
+        got = f"{len(result)} items" if isinstance(result, list | tuple) else type(result).__name__
+        raise TypeError(f"memory_replay: {name} must return a list, one item a segment ({size}), got {got}")
+    return list(result)
+
+
+def weighed_sum(outputs: list[Any], weight: float) -> Tensor:
+    """Their sum times `weight`."""
+    for output in outputs:
+        if not isinstance(output, Tensor) or output.dim():
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(f"memory_replay: outputs must be scalar tensors with a reduction, got {got}")
+    return torch.stack(outputs).sum() * weight
+
+
+def differentiable(
+    parts: Parts,
+    surroundings: Surroundings,
+    versions: dict[Tensor, int],
+    segments: list[Any],
+    state: Any,
+    *,
+    budget: int | None,
+    weight: float | None,
+) -> tuple[Any, Any]:
+    """A rollout with gradients: outputs and last state; with `weight`, the outputs' sum times it in their place."""
+    tape = Tape(versions)
+    given = Tree.of((segments, state))
+    with surroundings.kept_if_raises():
+        admitted = tape.admit(given)
+        at_once = {} if weight is None else {"weight": weight}
+        outputs, final = run_parts(tape, parts, *admitted.whole(), budget=budget, **at_once)
+        if weight is not None:
+            outputs = tape.make_loss(weighed_sum(outputs, weight))
+    result = Tree.of((outputs, final))
+    reads, makes, kept = tape.numbers(admitted), tape.numbers(result), tape.close()
+    node = (tape, surroundings, reads, makes, result.tensors(), kept)
+    returned = _Replay.apply(*node, *given.tensors(), *tape.parameters)
+    return result.replace(returned).whole()
 
 
 class _Replay(torch.autograd.Function):
-    """The node of one rollout. Inputs: tensors of the segments, of the state, parameters; outputs: `made`."""
+    """The node of one rollout. Inputs: tensors of the segments and of the state, parameters; outputs: those `made`."""
 
     @staticmethod
-    def forward(ctx, rollout: Rollout, made: list[Tensor], *inputs: Tensor):
+    def forward(ctx, tape: Tape, surroundings, reads, makes, tensors: list[Tensor], kept: list[Tensor], *inputs):
         ctx.set_materialize_grads(False)
-        returned = [m.detach() for m in made]
-        ctx.mark_non_differentiable(*(r for r, m in zip(returned, made, strict=True) if not m.requires_grad))
+        returned = [t.detach() for t in tensors]
+        ctx.mark_non_differentiable(*(r for r, t in zip(returned, tensors, strict=True) if not t.requires_grad))
         # through save_for_backward, so that PyTorch frees these after the backward, notices edits before it, and
         # offers them to its hooks. Not the parameters: their identity matters, and a hook may return a copy
-        ctx.save_for_backward(*(t for s in rollout.segments for tree in (s.segment, s.state) for t in tree.tensors()))
-        for s in rollout.segments:
-            s.segment, s.state = s.segment.hollow(), s.state.hollow()
-        ctx.rollout = rollout
+        ctx.save_for_backward(*kept)
+        tape.values = [None if value is None else value.requires_grad for value in tape.values]
+        ctx.tape, ctx.surroundings, ctx.reads, ctx.makes = tape, surroundings, reads, makes
         return tuple(returned)
 
     @staticmethod
@@ -149,107 +227,53 @@ class _Replay(torch.autograd.Function):
                 'memory_replay: a replayed rollout has no second derivative (create_graph=True); method="bptt" has'
             )
         rule = "memory_replay: parameters, segments and state must not change between forward and backward"
-        rollout: Rollout = ctx.rollout
-        for parameter, version in zip(rollout.parameters, versions_of(rollout.parameters), strict=True):
-            if version != rollout.versions[parameter] or not parameter.requires_grad:
+        tape: Tape = ctx.tape
+        for parameter, version in zip(tape.parameters, versions_of(tape.parameters), strict=True):
+            if version != tape.versions[parameter] or not parameter.requires_grad:
                 change = "modified" if parameter.requires_grad else "frozen"
                 raise RuntimeError(f"{rule}, got a {change} parameter of shape {list(parameter.shape)}")
         try:
             saved = iter(ctx.saved_tensors)
         except RuntimeError as error:
             raise RuntimeError(f"{rule}, and backward runs once unless retain_graph=True: {error}") from error
-        trees = [
-            tuple(tree.filled([next(saved) for _ in tree.tensors()]) for tree in (s.segment, s.state))
-            for s in rollout.segments
-        ]
-        return None, None, *_Backward(rollout, trees).run(iter(grads))
+        values = [None if needs_grad is None else as_leaf(next(saved), needs_grad) for needs_grad in tape.values]
+        table = _Table(zip(ctx.makes, grads, strict=True))
+        with ctx.surroundings.random.kept():
+            totals = _go_back(tape, values, table)
+        return *[None] * 6, *map(table.take, ctx.reads), *map(totals.of, tape.parameters)
 
 
-class _Backward:
-    """One run of the backward: segments last to first, into accumulators that nobody sees before the end."""
+class _Table:
+    """Gradients of values, by number."""
 
-    def __init__(self, rollout: Rollout, trees: list[tuple[Tree, Tree]]):
-        self.rollout, self.trees = rollout, trees
-        self.totals = [_Total() for _ in rollout.parameters]
-        self.segment_grads: list[list[Tensor | None]] = [[] for _ in trees]
+    def __init__(self, grads: Iterable[tuple[int, Tensor | None]]):
+        self._grads: dict[int, Tensor] = {}
+        self.add(grads)
 
-    def run(self, grads: Iterator[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of outputs and final state to those of segments, state and parameters."""
-        rollout = self.rollout
-        output_grads = [[next(grads) for _ in range(s.outputs)] for s in rollout.segments]
-        carried = list(grads)
-        with rollout.random.kept():
-            for t in reversed(range(len(self.trees))):
-                carried = self._segment(t, output_grads[t], carried)
-        parameter_grads = [total.of_dtype(p.dtype) for total, p in zip(self.totals, rollout.parameters, strict=True)]
-        return [*(g for grads in self.segment_grads for g in grads), *carried, *parameter_grads]
+    def add(self, grads: Iterable[tuple[int, Tensor | None]]) -> None:
+        for number, grad in grads:
+            if grad is not None:
+                self._grads[number] = self._grads[number] + grad if number in self._grads else grad
 
-    def _segment(self, t: int, output_grads: list[Tensor | None], carried: list[Tensor | None]) -> list[Tensor | None]:
-        """Replays segment t and back-propagates through it; returns the gradient of its state."""
-        segment, state = self.trees[t]
-        given = [*segment.tensors(), *state.tensors()]
-        arriving = [*output_grads, *carried]
-        if all(g is None for g in arriving):
-            self.segment_grads[t] = [None] * len(segment.tensors())
-            return [None] * len(state.tensors())
-        made = self._replay(t, segment, state)
-        roots = [(m, g) for m, g in zip(made, arriving, strict=True) if g is not None]
-        wanted = [x for x in given if x.requires_grad]
-        parameters = self.rollout.parameters
-        with hooks_replaced(parameters, self.totals):  # which take the parameters' gradients
-            grads = torch.autograd.grad(
-                [m for m, _ in roots], [*wanted, *parameters], [g for _, g in roots], allow_unused=True
-            )
-        grad_of = {id(x): g for x, g in zip(wanted, grads, strict=False)}
-        self.segment_grads[t] = [grad_of.get(id(x)) for x in segment.tensors()]
-        return [grad_of.get(id(s)) for s in state.tensors()]
-
-    def _replay(self, t: int, segment: Tree, state: Tree) -> list[Tensor]:
-        """The tensors of segment t's output and next state again, now with their graph."""
-        rollout, kept = self.rollout, self.rollout.segments[t]
-        rollout.random.set(kept.random)
-        with rollout.modules.swapped(kept.modules), torch.enable_grad():
-            mark = graph_mark()
-            output, next_state = rollout.run(segment, state)
-        made = [*output.tensors(), *next_state.tensors()]
-        if len(output.tensors()) != kept.outputs or [m.requires_grad for m in made] != kept.needs_grad:
-            raise RuntimeError(f"memory_replay: segment {t} made other outputs when it was replayed")
-        if kept.result is not None and not all(map(same_bits, kept.result, made)):
-            raise RuntimeError(
-                f"memory_replay: segment {t} gave another result when it was replayed (strict=True); the cell draws on "
-                f"randomness or a state that is not replayed: hand generators over in random_sources"
-            )
-        known = [*segment.tensors(), *state.tensors(), *rollout.parameters]
-        if unknown := leaves_of(made, known, mark):
-            raise RuntimeError(
-                f"memory_replay: segment {t} used a parameter of shape {list(unknown[0].shape)} when it was replayed "
-                f"that the forward did not"
-            )
-        return made
+    def take(self, number: int) -> Tensor | None:
+        return self._grads.pop(number, None)
 
 
-class _Total:
-    """A sum of gradients: in float32 at least, in the order they come, owning its tensor from the second on.
-
-    As a hook it takes each gradient at once, so that those of one segment never stand beside the totals all together.
-    """
-
-    def __init__(self):
-        self._sum: Tensor | None = None
-        self._owned = False
-
-    def __call__(self, grad: Tensor | None) -> Tensor | None:
-        if grad is None:
-            return None
-        wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
-        if self._sum is None:
-            self._sum = wide
-        elif self._owned:
-            self._sum += wide
-        else:
-            self._sum, self._owned = self._sum + wide, True
-        # what is left for the caller of autograd.grad, who drops it: nothing, in a shape that PyTorch accepts
-        return grad if grad.is_sparse else grad.new_zeros(()).expand_as(grad)
-
-    def of_dtype(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self._sum is None else self._sum.to(dtype)
+def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> Totals:
+    """Calls last to first; sums of the parameters' gradients, which nobody sees before the end."""
+    totals = Totals()
+    of_loss = None if tape.loss is None else table.take(tape.loss)
+    if of_loss is not None:
+        totals.add_scaled(tape.early, of_loss)
+    for call in reversed(tape.calls):
+        if call.early is not None:
+            if of_loss is not None:
+                scaled = [None if g is None else g * of_loss.to(g.dtype) for g in call.early]
+                table.add(zip(call.reads, scaled, strict=True))
+            continue
+        grads = [table.take(n) for n in call.makes]
+        if any(g is not None for g in grads):
+            arguments = call.arguments.replace([as_leaf(values[n], values[n].requires_grad) for n in call.reads])
+            table.add(zip(call.reads, call.part.pull(call.record, arguments, grads, totals), strict=True))
+    totals.settle()
+    return totals

@@ -6,7 +6,7 @@ import inspect
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,10 @@ class Autocast:
         types = sorted({"cpu", *(d.type for d in devices if torch.amp.is_autocast_available(d.type))})
         return cls(tuple((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types))
 
+    def to(self, dtype: torch.dtype) -> bool:
+        """Whether it casts to `dtype`."""
+        return any(enabled and its_dtype == dtype for _, enabled, its_dtype in self.settings)
+
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         torch.clear_autocast_cache()
@@ -151,16 +155,18 @@ class ModuleState:
             module.training = mode
 
 
-@contextlib.contextmanager
-def hooks_replaced(leaves: Sequence[Tensor], hooks: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Gives each leaf one gradient hook in place of the user's, which belong to the rollout's one gradient."""
-    with contextlib.ExitStack() as stack:
-        for leaf, hook in zip(leaves, hooks, strict=True):
-            if users := leaf._backward_hooks:
-                stack.callback(users.update, dict(users))
-                users.clear()
-            stack.callback(leaf.register_hook(hook).remove)
-        yield
+@dataclass(frozen=True)
+class Surroundings:
+    """All of it, of one rollout."""
+
+    random: RandomState
+    autocast: Autocast
+    modules: ModuleState
+
+    @contextlib.contextmanager
+    def kept_if_raises(self) -> Iterator[None]:
+        with self.random.kept_if_raises(), self.modules.kept_if_raises():
+            yield
 
 
 def modules_of(cell: Any) -> list[nn.Module]:

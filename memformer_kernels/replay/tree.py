@@ -31,22 +31,19 @@ class Tree:
 
     def cut(self) -> "Tree":
         """The tree without a graph: every tensor a leaf, which needs a gradient if it did before."""
-        return self.replace([_leaf(t, t.requires_grad) for t in self.tensors()])
+        return self.replace([as_leaf(t, t.requires_grad) for t in self.tensors()])
 
     def hollow(self) -> "Tree":
-        """The tree with a hole for each tensor, which remembers whether the tensor needs a gradient."""
-        return self.replace([torch.empty(0, requires_grad=t.requires_grad) for t in self.tensors()])
-
-    def filled(self, tensors: Sequence[Tensor]) -> "Tree":
-        """A hollow tree with its tensors again, every one a leaf."""
-        return self.replace([_leaf(t, hole.requires_grad) for t, hole in zip(tensors, self.tensors(), strict=True)])
+        """The tree with an empty tensor for each."""
+        return self.replace([torch.empty(0)] * len(self.tensors()))
 
     def hides_graph(self) -> list[Any]:
         """Leaves that hold, where a pytree does not look, a tensor with a graph."""
         return [leaf for leaf in self.leaves if not isinstance(leaf, Tensor) and _holds_graph(leaf)]
 
 
-def _leaf(tensor: Tensor, needs_grad: bool) -> Tensor:
+def as_leaf(tensor: Tensor, needs_grad: bool) -> Tensor:
+    """The tensor without its graph."""
     return tensor.detach().requires_grad_(needs_grad)
 
 

@@ -1,0 +1,83 @@
+"""How many bytes of graphs a rollout may keep, and what they hold."""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Count:
+    """Bytes that graphs made in a block hold, each storage once, without those of known tensors."""
+
+    def __init__(self, known: Sequence[Tensor]):
+        self.bytes = 0
+        self._seen = {_storage(t) for t in known if t.layout == torch.strided}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided and not isinstance(tensor, torch.nn.Parameter):
+            if (storage := _storage(tensor)) not in self._seen:
+                self._seen.add(storage)
+                self.bytes += tensor.untyped_storage().nbytes()
+        return tensor
+
+
+class Keeper:
+    """Keeps the graphs of the latest calls, as many as fit the budget; the backward needs them first.
+
+    Without a budget the graph of the last call alone is kept.
+    """
+
+    def __init__(self, budget: int | None, *, count: bool):
+        self.budget, self._count = budget, count or budget is not None
+        self._kept: deque[tuple[Any, int]] = deque()
+        self._bytes = self._last = 0
+
+    @contextlib.contextmanager
+    def counting(self, known: Sequence[Tensor]) -> Iterator[Count]:
+        """Makes room for a graph as large as the last, and counts what the one made in the block holds, besides `known`
+        and parameters: where somebody asked for it, since it costs a call for each tensor saved."""
+        self._make_room(self._last)
+        count = Count(known if self._count else ())
+        if not self._count:
+            yield count
+            return
+        with torch.autograd.graph.saved_tensors_hooks(count.add, lambda tensor: tensor):
+            yield count
+
+    def keep(self, record: Any, size: int) -> None:
+        """Keeps `record.graph`, if that is not too much."""
+        self._last = size
+        self._make_room(size)
+        if self.budget is None or size <= self.budget:
+            self._kept.append((record, size))
+            self._bytes += size
+        else:
+            record.graph = None
+
+    def _make_room(self, size: int) -> None:
+        while self._kept and (self.budget is None or self._bytes + size > self.budget):
+            oldest, its_size = self._kept.popleft()
+            oldest.graph = None
+            self._bytes -= its_size
+
+
+def groups_of(left: int, bytes_each: int, budget: int | None) -> int:
+    """Segments of the next of as few and as equal groups as the budget allows."""
+    most = left if budget is None else max(1, budget // max(bytes_each, 1))
+    return -(-left // -(-left // most))
+
+
+def budget_in_bytes(given: int | float | None, device: torch.device | None) -> int | None:
+    """A budget as given to `memory_replay`: bytes, or a float, a part of the GPU's free memory."""
+    if given is None or isinstance(given, int):
+        return given
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(given * free)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,135 @@
+"""A part of a rollout that is run again in Python.
+
+Each call of the forward has a graph for a moment, as each of the backward has: it is walked to find the leaves that
+need a gradient, and thrown away, or kept where the budget allows. So the caller declares no parameters; a tensor that
+cannot be replayed is refused; the node's inputs are the leaves in use and no others, as full back-propagation would
+have it; and both passes run the same kernels, where PyTorch has others for a forward without a graph.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memformer_kernels.replay.budget import Keeper, groups_of
+from memformer_kernels.replay.graph import graph_mark, leaves_of
+from memformer_kernels.replay.surroundings import Surroundings, same_bits, versions_of
+from memformer_kernels.replay.totals import Totals
+from memformer_kernels.replay.tree import Tree
+
+Grads = list[Tensor | None]
+
+
+@dataclass
+class Graph:
+    """A call's graph, kept for the backward: it need not run again."""
+
+    leaves: list[Tensor]
+    made: list[Tensor]
+    buffers: list[int]  # their versions
+
+
+@dataclass
+class Record:
+    """What is kept of one call between the passes, besides its arguments."""
+
+    label: str
+    random: tuple
+    modules: tuple[list[Tensor], list[bool]]
+    needs_grad: list[bool]
+    result: list[Tensor] | None  # when strict
+    graph: Graph | None = None
+
+
+class PythonPart:
+    """See `rollout.Part`."""
+
+    def __init__(self, function: Callable, surroundings: Surroundings, keeper: Keeper, *, strict: bool = False):
+        self.function, self.surroundings, self.keeper, self.strict = function, surroundings, keeper, strict
+        self.parameters: list[Tensor] = []
+        self.bytes_each: int | None = None
+
+    def run_only(self, arguments: Tree) -> Tree:
+        with self.surroundings.autocast.again():
+            return Tree.of(self.function(*arguments.whole()))
+
+    def run(self, label: str, arguments: Tree, left: int) -> tuple[Tree, Record]:
+        s = self.surroundings
+        record = Record(label, s.random.get(), s.modules.record(), [], None)
+        result, made, size = self._run_with_graph(label, arguments)
+        record.needs_grad = [m.requires_grad for m in made]
+        # copies, as the caller may modify what is returned
+        record.result = [m.detach().clone() for m in made] if self.strict else None
+        if not self.strict and any(record.needs_grad):
+            record.graph = Graph(arguments.tensors(), made, versions_of(s.modules.buffers()))
+            self.keeper.keep(record, size)
+        return result.cut(), record
+
+    def run_and_pull(self, label: str, arguments: Tree, weight: float, totals: Totals) -> tuple[Tree, Grads]:
+        result, made, _ = self._run_with_graph(label, arguments)
+        grads = [torch.full_like(m, weight) if m.requires_grad else None for m in made]
+        return result.cut(), self._back_propagate(arguments.tensors(), made, grads, totals)
+
+    def pull(self, record: Record, arguments: Tree, grads: Grads, totals: Totals) -> Grads:
+        graph, record.graph = record.graph, None
+        if graph is not None and versions_of(self.surroundings.modules.buffers()) == graph.buffers:
+            return self._back_propagate(graph.leaves, graph.made, grads, totals)
+        return self._back_propagate(arguments.tensors(), self._again(record, arguments), grads, totals)
+
+    def group(self, left: int, budget: int | None) -> int:
+        if self.bytes_each is None:
+            return 1  # which measures it
+        return groups_of(left, self.bytes_each, budget)
+
+    def _run_with_graph(self, label: str, arguments: Tree) -> tuple[Tree, list[Tensor], int]:
+        """The result, its tensors, and the bytes of its graph where the keeper counts them."""
+        given = arguments.tensors()
+        versions, mark = versions_of(given), graph_mark()
+        with self.keeper.counting([*given, *self.parameters]) as count:
+            result = self.run_only(arguments)
+        if self.bytes_each is None:
+            self.bytes_each = count.bytes
+        if versions_of(given) != versions:
+            raise RuntimeError(
+                f"memory_replay: cell must not modify its segment or its state in place, got a change in {label}"
+            )
+        if hiding := result.hides_graph():
+            raise TypeError(
+                f"memory_replay: cell must return pytrees, got tensors inside {type(hiding[0]).__name__}; "
+                f"make it known with torch.utils._pytree.register_pytree_node"
+            )
+        made = result.tensors()
+        self.parameters += leaves_of(made, [*given, *self.parameters], mark)
+        return result, made, count.bytes
+
+    def _back_propagate(self, given: list[Tensor], made: list[Tensor], arriving: Grads, totals: Totals) -> Grads:
+        roots = [(m, g) for m, g in zip(made, arriving, strict=True) if g is not None]
+        wanted = [x for x in given if x.requires_grad]
+        with totals.taking(self.parameters):
+            grads = torch.autograd.grad(
+                [m for m, _ in roots], [*wanted, *self.parameters], [g for _, g in roots], allow_unused=True
+            )
+        grad_of = {id(x): g for x, g in zip(wanted, grads, strict=False)}
+        return [grad_of.get(id(x)) for x in given]
+
+    def _again(self, record: Record, arguments: Tree) -> list[Tensor]:
+        """The tensors of a call's result again, now with their graph."""
+        s, label = self.surroundings, record.label
+        s.random.set(record.random)
+        with s.modules.swapped(record.modules), torch.enable_grad():
+            mark = graph_mark()
+            made = self.run_only(arguments).tensors()
+        if [m.requires_grad for m in made] != record.needs_grad:
+            raise RuntimeError(f"memory_replay: {label} made other outputs when it was replayed")
+        if record.result is not None and not all(map(same_bits, record.result, made)):
+            raise RuntimeError(
+                f"memory_replay: {label} gave another result when it was replayed (strict=True); the cell draws on "
+                f"randomness or a state that is not replayed: hand generators over in random_sources"
+            )
+        if unknown := leaves_of(made, [*arguments.tensors(), *self.parameters], mark):
+            raise RuntimeError(
+                f"memory_replay: {label} used a parameter of shape {list(unknown[0].shape)} when it was replayed "
+                f"that the forward did not"
+            )
+        return made
