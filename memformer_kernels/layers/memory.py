@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from memformer_kernels.layers import fused
 from memformer_kernels.ops.memory_read import memory_read
 from memformer_kernels.ops.memory_write import memory_write
 
@@ -36,8 +37,8 @@ class MemoryProjection(nn.Module):
 
     def forward(self, memory: Tensor) -> list[KeyValue]:
         """Memory [B, M, C] to (key, value) of each layer, each [B, H, M, D], views of one tensor."""
-        projected = self.key_value(self.norm(memory)).chunk(2 * self.layers, -1)
-        split = [split_heads(p, self.heads) for p in projected]
+        _, projected = fused.residual_norm_linear(memory, None, self.norm, self.key_value)
+        split = [split_heads(p, self.heads) for p in projected.chunk(2 * self.layers, -1)]
         return list(zip(split[::2], split[1::2], strict=True))
 
 
@@ -66,8 +67,12 @@ class MemoryRead(nn.Module):
             ((key, value),) = self.projection(memory)
         else:
             key, value = memory
-        query = split_heads(self.query(x), self.heads)
-        return self.output(merge_heads(memory_read(query, key, value, slot_mask=slot_mask, backend=self.backend)))
+        return fused.linear(self.attend(fused.linear(x, self.query), key, value, slot_mask=slot_mask), self.output)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, slot_mask: Tensor | None = None) -> Tensor:
+        """Between the projections: query [B, L, C], key and value [B, H, M, D], to [B, L, C]."""
+        query = split_heads(query, self.heads)
+        return merge_heads(memory_read(query, key, value, slot_mask=slot_mask, backend=self.backend))
 
 
 class MemoryWrite(nn.Module):
@@ -125,13 +130,12 @@ class MemoryWrite(nn.Module):
 
     def forward(self, memory: Tensor, x: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
         """Memory [B, M, C] and the segment's final states x [B, L, C] to the next memory, [B, M, C]."""
-        query, own_key, key, value = (
-            split_heads(p, self.heads) for p in (self.query(memory), self.key(memory), self.key(x), self.value(x))
-        )
+        projected = ((memory, self.query), (memory, self.key), (x, self.key), (x, self.value))
+        query, own_key, key, value = (split_heads(fused.linear(*p), self.heads) for p in projected)
         return memory_write(
             query,
             own_key,
-            memory if self.own_value == "slots" else self.value(memory).to(memory.dtype),
+            memory if self.own_value == "slots" else fused.linear(memory, self.value).to(memory.dtype),
             key,
             value,
             bias=self.bias if self.forgetting else None,

@@ -8,7 +8,7 @@ class MemformerLMConfig:
     """Decoder-only model: causal self-attention, memory read, feed-forward in every layer.
 
     `segment_length` is the most tokens a segment may hold. `temperature`, `retention`, `forgetting` and `own_value`
-    are those of `layers.MemoryWrite`.
+    are those of `layers.MemoryWrite`, `recompute` is that of `layers.MemoryLayer`.
     """
 
     vocabulary: int = 256
@@ -23,6 +23,7 @@ class MemformerLMConfig:
     forgetting: bool = True
     own_value: str = "slots"
     dropout: float = 0.0
+    recompute: str = "cheap"
     backend: str = "auto"
 
 
@@ -43,6 +44,7 @@ class MemformerConfig:
     forgetting: bool = True
     own_value: str = "slots"
     dropout: float = 0.1
+    recompute: str = "cheap"
     backend: str = "auto"
 
 

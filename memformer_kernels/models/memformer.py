@@ -2,15 +2,15 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from memformer_kernels.layers import DecoderLayer, MemoryLayer, MemoryProjection, MemoryWrite
+from memformer_kernels.layers import DecoderLayer, MemoryLayer, MemoryProjection, MemoryWrite, fused
 from memformer_kernels.layers.transformer import KeyValueCache
 from memformer_kernels.models.config import MemformerConfig
 from memformer_kernels.models.initialisation import initialise
+from memformer_kernels.models.many_segments import segment_losses, side_by_side, token_losses
 from memformer_kernels.models.positions import positions_of
 from memformer_kernels.models.pretrained import Pretrained
-from memformer_kernels.ops.precision import wide
+from memformer_kernels.replay import StagedCell
 
 
 class Memformer(Pretrained):
@@ -19,7 +19,7 @@ class Memformer(Pretrained):
     >>> model = Memformer(MemformerConfig())
     >>> logits, memory = model(segment, next_segment, memory)
 
-    With `model.loss` it is a cell for `memory_replay`.
+    `model.cell` is a cell for `memory_replay`.
     """
 
     config_class = MemformerConfig
@@ -32,13 +32,14 @@ class Memformer(Pretrained):
         self.decoder_position = nn.Embedding(c.segment_length, c.width)
         self.projection = MemoryProjection(c.width, c.heads, c.encoder_layers)
         self.encoder = nn.ModuleList(
-            MemoryLayer(c.width, c.heads, c.hidden, dropout=c.dropout, backend=c.backend)
+            MemoryLayer(c.width, c.heads, c.hidden, dropout=c.dropout, recompute=c.recompute, backend=c.backend)
             for _ in range(c.encoder_layers)
         )
         self.encoder_norm = nn.LayerNorm(c.width)
         self.write = MemoryWrite.from_config(c)
         self.decoder = nn.ModuleList(
-            DecoderLayer(c.width, c.heads, c.hidden, dropout=c.dropout) for _ in range(c.decoder_layers)
+            DecoderLayer(c.width, c.heads, c.hidden, dropout=c.dropout, recompute=c.recompute)
+            for _ in range(c.decoder_layers)
         )
         self.norm = nn.LayerNorm(c.width)
         self.head = nn.Linear(c.width, c.vocabulary)
@@ -69,20 +70,15 @@ class Memformer(Pretrained):
 
     def encode(self, tokens: Tensor, memory: Tensor, *, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens [B, L] and the memory [B, M, C] to the encoder's states [B, L, C] and the next memory."""
-        self.check_segment(tokens)
-        x = self._embed(tokens, self.encoder_position(positions_of(tokens, token_mask=token_mask)))
-        for layer, slots in zip(self.encoder, self.projection(memory), strict=True):
-            x = layer(x, slots, token_mask=token_mask)
-        states = self.encoder_norm(x)
-        return states, self.write(memory, states, token_mask=token_mask)
+        return self._advance(self._before_memory(tokens, token_mask), memory, token_mask)
 
     def decode(self, tokens: Tensor, states: Tensor, *, states_mask: Tensor | None = None) -> Tensor:
         """Tokens [B, T] and the encoder's states [B, L, C] to logits of the token after each, [B, T, V]. L may be 0."""
         self.check_segment(tokens)
-        x = self._embed(tokens, self.decoder_position(positions_of(tokens)))
+        x, branch = self._embed(tokens, self.decoder_position(positions_of(tokens))), None
         for layer in self.decoder:
-            x = layer(x, layer.cross_attention.project(states), context_mask=states_mask)
-        return self.head(self.norm(x))
+            x, branch = layer.decode(x, branch, layer.cross_attention.project(states), context_mask=states_mask)
+        return self._logits(x, branch)
 
     def loss(self, segment: tuple[Tensor, Tensor, Tensor], memory: Tensor) -> tuple[Tensor, Tensor]:
         """A cell for `memory_replay`: segment = (source [B, L], target [B, T], labels [B, T]) to (mean nats a
@@ -90,13 +86,42 @@ class Memformer(Pretrained):
 
         A label of -100 does not count. A segment with no label counts as 0.
         """
-        source, target, labels = segment
-        logits, memory = self(source, target, memory)
-        total = cross_entropy(wide(logits.flatten(0, 1)), labels.flatten(), ignore_index=-100, reduction="sum")
-        return total / (labels != -100).sum().clamp(min=1), memory
+        return self.cell(segment, memory)
+
+    @property
+    def cell(self) -> StagedCell:
+        """`loss` in stages: only the encoder, but for its first self-attention, runs segment after segment."""
+        return StagedCell(self._advance, prepare=self._prepare, readout=self._read_out)
+
+    def _prepare(self, segments: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        return side_by_side(self._before_memory, [source for source, _, _ in segments])
+
+    def _advance(self, x: Tensor, memory: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        branch = None
+        for i, (layer, slots) in enumerate(zip(self.encoder, self.projection(memory), strict=True)):
+            if i > 0:
+                x, branch = layer.attend_to_itself(x, branch, token_mask=token_mask)
+            x, branch = layer.read(x, branch, slots)
+        states = fused.residual_norm(x, branch, self.encoder_norm)[1]
+        return states, self.write(memory, states, token_mask=token_mask)
+
+    def _read_out(self, states: list[Tensor], segments: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        targets, labels = ([segment[i] for segment in segments] for i in (1, 2))
+        losses = side_by_side(lambda s, t, y: token_losses(self.decode(t, s), y), states, targets, labels)
+        return segment_losses(losses, labels)
+
+    def _before_memory(self, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Tokens to what the first encoder layer reads the memory with, [B, L, C]."""
+        self.check_segment(tokens)
+        x = self._embed(tokens, self.encoder_position(positions_of(tokens, token_mask=token_mask)))
+        x, branch = self.encoder[0].attend_to_itself(x, None, token_mask=token_mask)
+        return x + branch
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.dropout(self.embedding(tokens) + positions)
+
+    def _logits(self, x: Tensor, branch: Tensor | None) -> Tensor:
+        return fused.residual_norm_linear(x, branch, self.norm, self.head)[1]
 
     def start(self, batch: int, memory: Tensor | None = None) -> "Decoding":
         """The beginning of a text after `memory`, to be filled with `extend`."""
@@ -108,11 +133,12 @@ class Memformer(Pretrained):
         A full segment is encoded and written at once, and the next is decoded from its states.
         """
         self.check_segment(tokens, decoding.position)
-        x = self._embed(tokens, self.decoder_position(positions_of(tokens, decoding.position)))
+        x, branch = self._embed(tokens, self.decoder_position(positions_of(tokens, decoding.position))), None
         for layer, context, cache in zip(self.decoder, decoding.contexts, decoding.caches, strict=True):
-            x = layer(x, context, cache=cache, position=decoding.position)
+            options = dict(context_mask=None, cache=cache, position=decoding.position)
+            x, branch = layer.decode(x, branch, context, **options)
         decoding.append(tokens, self)
-        return self.head(self.norm(x))
+        return self._logits(x, branch)
 
 
 class Decoding:

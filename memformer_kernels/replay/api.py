@@ -137,6 +137,9 @@ def _replay(
 ) -> tuple[Any, Any]:
     if not segments:
         return [], state
+    captured = None
+    if isinstance(cell, CapturedCell):
+        captured, cell = None if strict or random_sources else cell, cell.cell
     modules = modules_of(cell)
     parameters = [p for m in modules for p in m.parameters() if not is_lazy(p)]
     inputs = [t for tree in (*segments, state) for t in Tree.of(tree).tensors()]
@@ -144,11 +147,6 @@ def _replay(
     surroundings = Surroundings(RandomState(devices, random_sources), Autocast.now(devices), ModuleState(modules))
     budget = budget_in_bytes(activation_budget, next((d for d in devices if d.type == "cuda"), None))
 
-    captured = None
-    if isinstance(cell, CapturedCell):
-        if not strict and not random_sources:
-            captured = cell
-        cell = cell.cell
     staged = isinstance(cell, StagedCell)
     # a gradient scaler's factor arrives with the backward, too late for a gradient in float16 that is made before
     early = weight is not None and staged and cell.readout is not None and not surroundings.autocast.to(torch.float16)

@@ -49,7 +49,8 @@ class CapturedCell:
 
     def __init__(self, cell: Callable[[Any, Any], tuple[Any, Any]], *, always: bool = False):
         self.cell, self.always = cell, always
-        self.reason: str | None = None
+        self.reason: str | None = None  # why it runs in Python
+        self._even_on_a_cpu = always  # the same code without graphs, for tests
         self._store = _Store()
 
     def __call__(self, segment: Any, state: Any) -> tuple[Any, Any]:
@@ -64,7 +65,7 @@ class CapturedCell:
     ) -> Parts | None:
         """The parts of one rollout over `given`, or None where it must run in Python."""
         devices = {t.device for t in (*parameters, *given)}
-        if self.reason is not None or not self.always and all(d.type == "cpu" for d in devices):
+        if self.reason is not None or not self._even_on_a_cpu and all(d.type == "cpu" for d in devices):
             return None
         if len(devices) != 1:
             self.give_up(NotCapturable(f"its tensors lie on {', '.join(sorted(map(str, devices))) or 'no device'}"))
@@ -99,7 +100,7 @@ class _Pool:
 class _Store:
     """All captures of one cell."""
 
-    totals: StaticTotals = field(default_factory=StaticTotals)
+    totals: StaticTotals | None = None
     captures: list["_Capture"] = field(default_factory=list)
     pools: dict[str, _Pool] = field(default_factory=dict)
     device: torch.device | None = None
@@ -109,7 +110,7 @@ class _Store:
         """Forgets everything where the parameters are not those of the captures."""
         addresses = [(id(p), p.data_ptr(), p.requires_grad) for p in parameters]
         if addresses != self.addresses or device != self.device:
-            self.totals, self.pools, self.device, self.addresses = StaticTotals(), {}, device, addresses
+            self.totals, self.pools, self.device, self.addresses = StaticTotals(device), {}, device, addresses
             self.captures.clear()
 
     def pool(self, name: str) -> _Pool:

@@ -80,6 +80,7 @@ class Tape:
     early: Totals = field(default_factory=Totals)  # of the parameters, where the forward made them
     loss: int | None = None  # the value that is the sum of the early calls' results
     values: list[Tensor | None] = field(default_factory=list)
+    given: int = 0  # how many of the values the rollout was given
     parameters: list[Tensor] = field(default_factory=list)
     _numbers: dict[int, int] = field(default_factory=dict)  # of values, by the identity of their tensors
 
@@ -97,13 +98,16 @@ class Tape:
     def call(self, part: Part, label: str, left: int, *arguments: Any, weight: float | None = None) -> Any:
         """The part's result on pytrees of values, a pytree of values; with a weight, its gradient at once."""
         tree, early, record = Tree.of(arguments), None, None
-        leaves = tree.cut()
+        leaves, reads = tree.cut(), self.numbers(tree)
         if weight is None:
             result, record = part.run(label, leaves, left)
         else:
             result, early = part.run_and_pull(label, leaves, weight, self.early)
+            for number in reads:
+                if number >= self.given:  # what another call made: nobody reads it again
+                    self.values[number] = None
         result = self.admit(result)
-        self.calls.append(Call(part, tree.hollow(), self.numbers(tree), self.numbers(result), record, early))
+        self.calls.append(Call(part, tree.hollow(), reads, self.numbers(result), record, early))
         return result.whole()
 
     def make_loss(self, loss: Tensor) -> Tensor:
@@ -153,6 +157,7 @@ def run_parts(
         while (t := len(outputs)) < len(segments):
             budget_now = parts.allowed(budget)
             outputs += _next_group(tape, parts.readout, "readout", [features, segments], t, budget_now, **at_once)
+            features[: len(outputs)] = [None] * len(outputs)
     return outputs, state
 
 
@@ -194,6 +199,7 @@ def differentiable(
     given = Tree.of((segments, state))
     with surroundings.kept_if_raises():
         admitted = tape.admit(given)
+        tape.given = len(tape.values)
         at_once = {} if weight is None else {"weight": weight}
         outputs, final = run_parts(tape, parts, *admitted.whole(), budget=budget, **at_once)
         if weight is not None:
@@ -263,8 +269,6 @@ def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> Totals:
     """Calls last to first; sums of the parameters' gradients, which nobody sees before the end."""
     totals = Totals()
     of_loss = None if tape.loss is None else table.take(tape.loss)
-    if of_loss is not None:
-        totals.add_scaled(tape.early, of_loss)
     for call in reversed(tape.calls):
         if call.early is not None:
             if of_loss is not None:
@@ -276,4 +280,6 @@ def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> Totals:
             arguments = call.arguments.replace([as_leaf(values[n], values[n].requires_grad) for n in call.reads])
             table.add(zip(call.reads, call.part.pull(call.record, arguments, grads, totals), strict=True))
     totals.settle()
+    if of_loss is not None:
+        totals.add_scaled(tape.early, of_loss)
     return totals

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from memformer_kernels.gradient_sink import GradientSink
+
 
 class Totals:
     """A sum for each parameter: in float32 at least, in the order the gradients come."""
@@ -68,33 +70,34 @@ class Totals:
 class StaticTotals:
     """Sums in buffers that stay where they are, for recordings to add to."""
 
-    def __init__(self):
-        self._buffers: dict[Tensor, Tensor] = {}
+    def __init__(self, device: torch.device):
+        self._sink = GradientSink(device)
 
     @contextlib.contextmanager
     def taking(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """As `Totals.taking`."""
-        with hooks_replaced(parameters, [functools.partial(self._take, p) for p in parameters]):
+        """As `Totals.taking`, and what is delivered to a sink comes here too."""
+        with hooks_replaced(parameters, [functools.partial(self._take, p) for p in parameters]), self._sink.open():
             yield
 
     def reserve(self, parameters: Sequence[Tensor]) -> None:
         """Buffers of parameters that there will be gradients of."""
         for parameter in parameters:
-            if parameter not in self._buffers:
-                self._buffers[parameter] = torch.zeros_like(wide(parameter.detach()))
+            if parameter not in self._sink.buffers:
+                self._sink.buffers[parameter] = torch.zeros_like(wide(parameter.detach()))
 
     def zero(self) -> None:
-        if self._buffers:
-            torch._foreach_zero_(list(self._buffers.values()))
+        if self._sink.buffers:
+            torch._foreach_zero_(list(self._sink.buffers.values()))
 
     def sums(self) -> dict[Tensor, Tensor]:
         """Of the parameters that a recording had a gradient of."""
-        return self._buffers
+        return self._sink.buffers
 
     def _take(self, parameter: Tensor, grad: Tensor | None) -> Tensor | None:
         if grad is None:
             return None
-        self._buffers[parameter] += grad
+        self._sink.join()  # sums are added up in one order
+        self._sink.buffers[parameter] += grad
         return nothing_like(grad)
 
 

@@ -1,0 +1,72 @@
+"""What stands between the attentions of a layer, fused where Triton runs, in PyTorch elsewhere.
+
+    linear(x, f)                                = f(x)
+    gelu_linear(hidden, f)                      = f(gelu(hidden))
+    residual_norm(x, branch, norm)              = x + branch, norm(x + branch)
+    residual_norm_linear(x, branch, norm, f)    = x + branch, f(norm(x + branch))
+
+A transformer's layer is these and attention. Fused, they take fewer kernels, and their backwards compute again what is
+cheap instead of keeping it: `recompute="none"` keeps it.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+try:
+    from memformer_kernels.layers.fused import functions
+    from memformer_kernels.layers.fused.triton import unsupported_reason
+except ImportError:  # no Triton
+    functions = None
+
+
+def linear(x: Tensor, f: nn.Linear) -> Tensor:
+    """f(x), x [..., in]."""
+    if not _fuses(x):
+        return f(x)
+    return functions.Linear.apply(_rows(x), f.weight, f.bias, _compute_dtype(x)).unflatten(0, x.shape[:-1])
+
+
+def gelu_linear(hidden: Tensor, f: nn.Linear, *, recompute: str = "cheap") -> Tensor:
+    """f(gelu(hidden)), hidden [..., in], with the exact GELU."""
+    if not _fuses(hidden):
+        return f(gelu(hidden))
+    y = functions.GeluLinear.apply(_rows(hidden), f.weight, f.bias, recompute == "none")
+    return y.unflatten(0, hidden.shape[:-1])
+
+
+def residual_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """`(x + branch, norm(x + branch))`, x and branch [..., C]; x itself where branch is None."""
+    if not _fuses(x):
+        x = x if branch is None else x + branch
+        return x, norm(x)
+    given = _rows(x), None if branch is None else _rows(branch), norm.weight, norm.bias, norm.eps
+    total, normalised = functions.ResidualNorm.apply(*given, _compute_dtype(x))
+    return total.view(x.shape), normalised.view(x.shape)
+
+
+def residual_norm_linear(
+    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, f: nn.Linear, *, recompute: str = "cheap"
+) -> tuple[Tensor, Tensor]:
+    """`(x + branch, f(norm(x + branch)))`, x and branch [..., C]; x itself where branch is None."""
+    if not _fuses(x):
+        x = x if branch is None else x + branch
+        return x, f(norm(x))
+    given = _rows(x), None if branch is None else _rows(branch), norm.weight, norm.bias, norm.eps
+    total, y = functions.ResidualNormLinear.apply(*given, f.weight, f.bias, _compute_dtype(x), recompute == "none")
+    return total.view(x.shape), y.unflatten(0, x.shape[:-1])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Of the matrix products: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _fuses(x: Tensor) -> bool:
+    if not x.is_cuda or torch.compiler.is_compiling():  # Inductor fuses what it compiles itself
+        return False
+    return functions is not None and unsupported_reason(x) is None

@@ -1,0 +1,132 @@
+"""The fused sublayer pieces with their backwards.
+
+Matrix products are kept or read from memory, what lies between them is computed again: the backward of a normalisation
+needs its input and two numbers a row, that of a GELU its input. Gradients of parameters are offered to `deliver`.
+"""
+
+import torch
+from torch import Tensor
+
+from memformer_kernels.gradient_sink import deliver
+from memformer_kernels.layers.fused import triton as kernels
+from memformer_kernels.ops.library import refuse_double_backward
+
+Grad = Tensor | None
+
+
+class Linear(torch.autograd.Function):
+    """y = x W' + b of x [rows, in]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        ctx.weight, ctx.bias, ctx.of_x = weight, bias, x.dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, w)
+        return torch.nn.functional.linear(x, w, b)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Grad, ...]:
+        refuse_double_backward("linear")
+        x, w = ctx.saved_tensors
+        grad_x = (grad @ w).to(ctx.of_x) if ctx.needs_input_grad[0] else None
+        return grad_x, *_of_parameters(ctx, grad, x), None
+
+
+class GeluLinear(torch.autograd.Function):
+    """y = gelu(h) W' + b of h [rows, in]."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+        hidden = hidden.contiguous()
+        w, b = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        activated = torch.nn.functional.gelu(hidden)
+        ctx.weight, ctx.bias = weight, bias
+        ctx.save_for_backward(hidden, w, activated if keep else None)
+        return torch.nn.functional.linear(activated, w, b)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Grad, ...]:
+        refuse_double_backward("gelu_linear")
+        hidden, w, kept = ctx.saved_tensors
+        grad_hidden, again = kernels.gelu_backward(grad @ w, hidden, kept is None)
+        return grad_hidden, *_of_parameters(ctx, grad, again if kept is None else kept), None
+
+
+class ResidualNorm(torch.autograd.Function):
+    """`(x + branch, norm(x + branch))` of x [rows, C]."""
+
+    @staticmethod
+    def forward(ctx, x, branch, norm_weight, norm_bias, eps, dtype) -> tuple[Tensor, Tensor]:
+        total, normalised, *statistics = _residual_norm(ctx, x, branch, norm_weight, norm_bias, eps, dtype)
+        ctx.save_for_backward(total, *statistics)
+        return total, normalised
+
+    @staticmethod
+    def backward(ctx, grad_total: Grad, grad: Grad) -> tuple[Grad, ...]:
+        refuse_double_backward("residual_norm")
+        grads, _ = _residual_norm_backward(ctx, ctx.saved_tensors, grad_total, grad, again=False)
+        return *grads, None, None
+
+
+class ResidualNormLinear(torch.autograd.Function):
+    """`(x + branch, y)` with y = norm(x + branch) W' + b of x [rows, in]."""
+
+    @staticmethod
+    def forward(ctx, x, branch, norm_weight, norm_bias, eps, weight, bias, dtype, keep) -> tuple[Tensor, Tensor]:
+        total, normalised, *statistics = _residual_norm(ctx, x, branch, norm_weight, norm_bias, eps, dtype)
+        w, ctx.weight, ctx.bias = weight.to(dtype), weight, bias
+        ctx.save_for_backward(total, *statistics, w, normalised if keep else None)
+        return total, torch.nn.functional.linear(normalised, w, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx, grad_total: Grad, grad: Grad) -> tuple[Grad, ...]:
+        refuse_double_backward("residual_norm_linear")
+        *saved, w, kept = ctx.saved_tensors
+        grad_normalised = None if grad is None else grad @ w
+        grads, again = _residual_norm_backward(ctx, saved, grad_total, grad_normalised, again=kept is None)
+        of_linear = (None, None) if grad is None else _of_parameters(ctx, grad, again if kept is None else kept)
+        return *grads, None, *of_linear, None, None
+
+
+def _residual_norm(ctx, x, branch, norm_weight, norm_bias, eps, dtype) -> tuple[Tensor, ...]:
+    """`(x + branch, its norm, and two numbers a row)`."""
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
+    total, normalised, mean, inv_std = kernels.residual_norm_forward(
+        x, branch, norm_weight, norm_bias, eps, dtype, any(ctx.needs_input_grad)
+    )
+    ctx.norm_weight, ctx.norm_bias = norm_weight, norm_bias
+    ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+    ctx.set_materialize_grads(False)
+    return total.view_as(total) if branch is None else total, normalised, mean, inv_std
+
+
+def _residual_norm_backward(ctx, saved, grad_total: Grad, grad: Grad, again: bool) -> tuple[tuple[Grad, ...], Grad]:
+    """Gradients of x, branch and the normalisation's parameters; and what it made again."""
+    total, mean, inv_std = saved
+    of_norm, normalised, grad_x = (None, None), None, grad_total
+    if grad is not None:
+        parameters = ctx.norm_weight, ctx.norm_bias
+        grad_total = None if grad_total is None else grad_total.contiguous()
+        grad_x, normalised, affine = kernels.residual_norm_backward(
+            grad.contiguous(), grad_total, total, mean, inv_std, *parameters, again
+        )
+        of_norm = tuple(
+            deliver(p, lambda i=i, p=p: affine[i].to(p.dtype), affine) if p is not None and p.requires_grad else None
+            for i, p in enumerate(parameters)
+        )
+    of_x, of_branch = ctx.dtypes
+    if grad_x is None:
+        return (None, None, *of_norm), normalised
+    return (grad_x.to(of_x), None if of_branch is None else grad_x.to(of_branch), *of_norm), normalised
+
+
+def _of_parameters(ctx, grad: Tensor, x: Tensor) -> tuple[Grad, Grad]:
+    """Gradients of a matrix product's weight and bias."""
+    weight, bias = ctx.weight, ctx.bias
+    of_weight = of_bias = None
+    if weight.requires_grad:
+        of_weight = deliver(weight, lambda: (grad.t() @ x).to(weight.dtype), grad, x)
+    if bias is not None and bias.requires_grad:
+        of_bias = deliver(bias, lambda: grad.sum(0, dtype=torch.float32).to(bias.dtype), grad)
+    return of_weight, of_bias

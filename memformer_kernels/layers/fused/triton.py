@@ -1,0 +1,220 @@
+"""Residual addition with layer normalisation, and the derivative of GELU, in Triton.
+
+    sum = x + branch     normalised = (sum - mean) / std * weight + bias
+    unit = (sum - mean) / std     g = grad_normalised * weight
+    grad_x = grad_branch = grad_sum + (g - mean(g) - unit * mean(g * unit)) / std
+
+One program holds rows of channels in registers. The gradients of weight and bias are added up over the rows of a
+program, then over the programs, always in the same order. The backwards also make again what the forward did not keep.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memformer_kernels import launch
+from memformer_kernels.partials import sum_partials
+
+MOST_CHANNELS = 8192  # of a row in registers
+MOST_PARTS = 256  # terms of the sum over programs: about two programs for each multiprocessor of a large GPU
+ELEMENTS = 4096  # of a program of the derivative of GELU
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _residual_norm_forward_kernel(
+    x,  # [rows, C], as all tensors here contiguous
+    branch,  # [rows, C] or None
+    weight,  # [C]
+    bias,  # [C] or None
+    total,  # [rows, C] or None, x + branch
+    normalised,  # [rows, C]
+    mean,  # [rows] float32, or None
+    inv_std,  # [rows] float32, or None
+    eps,
+    rows,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BLOCK_C)
+    inside = (row < rows)[:, None] & (channels < C)[None, :]
+    places = row.to(tl.int64)[:, None] * C + channels[None, :]
+    value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    if branch is not None:
+        value += tl.load(branch + places, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty)  # what is normalised is what is stored
+        tl.store(total + places, value, mask=inside)
+        value = value.to(tl.float32)
+    middle = tl.sum(value, 1) / C
+    centred = tl.where(inside, value - middle[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+    if mean is not None:
+        tl.store(mean + row, middle, mask=row < rows)
+        tl.store(inv_std + row, inverse, mask=row < rows)
+    w = tl.load(weight + channels, mask=channels < C, other=0.0).to(tl.float32)
+    result = centred * inverse[:, None] * w[None, :]
+    if bias is not None:
+        result += tl.load(bias + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(normalised + places, result.to(normalised.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "part"])
+def _residual_norm_backward_kernel(
+    grad_normalised,  # [rows, C]
+    grad_total,  # [rows, C] or None
+    total,  # [rows, C]
+    mean,  # [rows] float32
+    inv_std,  # [rows] float32
+    weight,  # [C]
+    bias,  # [C] or None
+    grad_x,  # [rows, C]
+    normalised,  # [rows, C] or None, made again
+    partial,  # [parts, 2, C] float32
+    rows,
+    part,  # rows of a program
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    channels = tl.arange(0, BLOCK_C)
+    w = tl.load(weight + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+    if bias is not None and normalised is not None:
+        b = tl.load(bias + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+    grad_weight = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    grad_bias = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    first = tl.program_id(0) * part
+    last = tl.minimum(first + part, rows)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < last)[:, None] & (channels < C)[None, :]
+        places = row.to(tl.int64)[:, None] * C + channels[None, :]
+        middle = tl.load(mean + row, mask=row < last, other=0.0)[:, None]
+        inverse = tl.load(inv_std + row, mask=row < last, other=0.0)[:, None]
+        value = tl.load(total + places, mask=inside, other=0.0).to(tl.float32)
+        unit = tl.where(inside, (value - middle) * inverse, 0.0)
+        grad = tl.load(grad_normalised + places, mask=inside, other=0.0).to(tl.float32)
+        grad_weight += grad * unit
+        grad_bias += grad
+        g = grad * w
+        along = tl.sum(g * unit, 1)[:, None] / C
+        result = (g - tl.sum(g, 1)[:, None] / C - unit * along) * inverse
+        if grad_total is not None:
+            result += tl.load(grad_total + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_x + places, result.to(grad_x.dtype.element_ty), mask=inside)
+        if normalised is not None:
+            again = unit * w
+            if bias is not None:
+                again += b
+            tl.store(normalised + places, again.to(normalised.dtype.element_ty), mask=inside)
+    places = tl.program_id(0) * 2 * C + channels
+    tl.store(partial + places, tl.sum(grad_weight, 0), mask=channels < C)
+    tl.store(partial + places + C, tl.sum(grad_bias, 0), mask=channels < C)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _gelu_backward_kernel(
+    grad,  # [size]
+    hidden,  # [size]
+    grad_hidden,  # [size]
+    activated,  # [size] or None, gelu(hidden) made again
+    size,
+    ELEMENTS: tl.constexpr,
+):
+    places = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = places < size
+    h = tl.load(hidden + places, mask=inside, other=0.0).to(tl.float32)
+    below = 0.5 + 0.5 * tl.math.erf(h * 0.7071067811865476)  # the normal distribution's mass below h
+    density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
+    g = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(grad_hidden + places, (g * (below + h * density)).to(grad_hidden.dtype.element_ty), mask=inside)
+    if activated is not None:
+        tl.store(activated + places, (h * below).to(activated.dtype.element_ty), mask=inside)
+
+
+def unsupported_reason(x: Tensor) -> str | None:
+    if x.shape[-1] > MOST_CHANNELS:
+        return f"x must have at most {MOST_CHANNELS} channels, got {x.shape[-1]}"
+    return launch.unsupported_reason(x=x)
+
+
+def _tile(width: int) -> dict[str, int]:
+    """Eight elements, 16 bytes of a 16-bit row, a thread. Not a function of the rows: a row has the same bits in any
+    batch."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, 1024 // block)
+    return {"BLOCK_C": block, "ROWS": rows, "num_warps": max(1, min(16, block * rows // 256))}
+
+
+@launch.planned
+def _forward_plan(rows, width, dtypes, parts_given, eps, device) -> launch.Launcher:
+    tile = _tile(width)
+    programs = -(-rows // tile["ROWS"])
+    return launch.Launcher(_residual_norm_forward_kernel, programs, (eps, rows), C=width, **tile)
+
+
+def residual_norm_forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype, save: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`(total, normalised, mean, inv_std)` of contiguous [rows, C]; normalised in `dtype`; the last two with `save`."""
+    rows, width = x.shape
+    total = x if branch is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
+    normalised = torch.empty_like(x, dtype=dtype)
+    mean, inv_std = (x.new_empty(rows, dtype=torch.float32) if save else None for _ in range(2))
+    if x.numel():
+        dtypes = tuple(None if t is None else t.dtype for t in (x, branch, weight, bias, normalised))
+        run = _forward_plan(rows, width, dtypes, save, eps, x.device)
+        run(x, branch, weight, bias, None if branch is None else total, normalised, mean, inv_std)
+    return total, normalised, mean, inv_std
+
+
+@launch.planned
+def _backward_plan(rows, width, dtypes, device) -> tuple[int, launch.Launcher, launch.Launcher]:
+    tile = _tile(width)
+    part = -(-rows // MOST_PARTS)
+    part = -(-part // tile["ROWS"]) * tile["ROWS"]
+    parts = -(-rows // part)
+    run = launch.Launcher(_residual_norm_backward_kernel, parts, (rows, part), C=width, **tile)
+    return parts, run, sum_partials(parts, 2 * width, torch.float32, device)
+
+
+def residual_norm_backward(
+    grad_normalised: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    again: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`(grad_x, normalised, grad_affine)`: the second with `again`; the third [2, C] float32, of weight and bias."""
+    rows, width = total.shape
+    grad_x = torch.empty_like(total)
+    normalised = torch.empty_like(grad_normalised) if again else None
+    grad_affine = total.new_empty(2, width, dtype=torch.float32)
+    if not total.numel():
+        return grad_x, normalised, grad_affine.zero_()
+    given = grad_normalised, grad_total, total, mean, inv_std, weight, bias
+    dtypes = tuple(None if t is None else t.dtype for t in (*given, normalised))
+    parts, run, add_parts = _backward_plan(rows, width, dtypes, total.device)
+    partial = total.new_empty(parts, 2, width, dtype=torch.float32)
+    run(*given, grad_x, normalised, partial)
+    add_parts(partial, grad_affine)
+    return grad_x, normalised, grad_affine
+
+
+@launch.planned
+def _gelu_plan(size, dtypes, device) -> launch.Launcher:
+    return launch.Launcher(_gelu_backward_kernel, triton.cdiv(size, ELEMENTS), (size,), ELEMENTS=ELEMENTS, num_warps=8)
+
+
+def gelu_backward(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Tensor | None]:
+    """`(grad_hidden, gelu(hidden))` of contiguous tensors; the second with `again`."""
+    grad_hidden = torch.empty_like(hidden)
+    activated = torch.empty_like(hidden) if again else None
+    if hidden.numel():
+        dtypes = grad.dtype, hidden.dtype, again
+        _gelu_plan(hidden.numel(), dtypes, hidden.device)(grad, hidden, grad_hidden, activated)
+    return grad_hidden, activated

@@ -1,0 +1,180 @@
+"""The fused pieces of a layer, in the Triton interpreter, and where their gradients go."""
+
+import pytest
+import torch
+from torch import nn
+
+from memformer_kernels.gradient_sink import GradientSink
+from memformer_kernels.layers import fused
+
+pytest.importorskip("triton")
+functions = fused.functions
+
+SHAPES = [(1, 1), (3, 5), (17, 24), (300, 64), (5, 1100)]
+F32, F16 = torch.float32, torch.float16
+TOLERANCE = {F32: 4e-6, F16: 4e-3}
+
+
+@pytest.fixture(params=[F32, F16], ids=["float32", "float16"])
+def dtype(request):
+    return request.param
+
+
+def _pieces(width, dtype, bias=True):
+    norm, f = nn.LayerNorm(width), nn.Linear(width, 12, bias=bias)
+    nn.init.normal_(norm.weight, 1.0, 0.3)
+    nn.init.normal_(norm.bias)
+    return norm.to(dtype), f.to(dtype)
+
+
+def _gradients(outputs, inputs):
+    grads = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i)).to(o) for i, o in enumerate(outputs)]
+    return torch.autograd.grad(outputs, inputs, grads)
+
+
+def _assert_close(found, expected, dtype):
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a.double() - b).abs().max() <= TOLERANCE[dtype] * max(b.abs().max().item(), 1e-3)
+
+
+def _double(*tensors):
+    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("branched", [False, True], ids=["no branch", "branch"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_residual_norm_linear(shape, branched, keep, dtype):
+    norm, f = _pieces(shape[1], dtype)
+    x = torch.randn(shape, dtype=dtype).requires_grad_()
+    branch = torch.randn(shape, dtype=dtype).requires_grad_() if branched else None
+    parameters = (norm.weight, norm.bias, f.weight, f.bias)
+    inputs = [t for t in (x, branch, *parameters) if t is not None]
+    apply = functions.ResidualNormLinear.apply
+    outputs = apply(x, branch, norm.weight, norm.bias, norm.eps, f.weight, f.bias, dtype, keep)
+
+    x64, branch64, *p64 = _double(x, branch, *parameters)
+    total = x64 if branch is None else x64 + branch64
+    if branched and dtype == F16:  # the sum is rounded where it is stored
+        total = total + (outputs[0].double() - total).detach()
+    normalised = nn.functional.layer_norm(total, (shape[1],), p64[0], p64[1], norm.eps)
+    expected = total, nn.functional.linear(normalised, p64[2], p64[3])
+    _assert_close(outputs, expected, dtype)
+    inputs64 = [t for t in (x64, branch64, *p64) if t is not None]
+    _assert_close(_gradients(outputs, inputs), _gradients(expected, inputs64), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_residual_norm(shape, dtype):
+    norm, _ = _pieces(shape[1], dtype)
+    x, branch = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(2))
+    outputs = functions.ResidualNorm.apply(x, branch, norm.weight, norm.bias, norm.eps, dtype)
+    x64, branch64, *p64 = _double(x, branch, norm.weight, norm.bias)
+    total = x64 + branch64
+    total = total + (outputs[0].double() - total).detach()
+    expected = total, nn.functional.layer_norm(total, (shape[1],), *p64, norm.eps)
+    _assert_close(outputs, expected, dtype)
+    found = _gradients(outputs, (x, branch, norm.weight, norm.bias))
+    _assert_close(found, _gradients(expected, (x64, branch64, *p64)), dtype)
+
+
+def test_a_loss_may_be_made_of_either_result():
+    norm, f = _pieces(24, F32)
+    x, branch = (torch.randn(6, 24).requires_grad_() for _ in range(2))
+    given = x, branch, norm.weight, norm.bias, norm.eps
+    for outputs, parameters in (
+        (lambda: functions.ResidualNorm.apply(*given, F32), (x, branch, norm.weight)),
+        (lambda: functions.ResidualNormLinear.apply(*given, f.weight, f.bias, F32, False), (x, branch, f.weight)),
+    ):
+        for one in (0, 1):
+            used = parameters[: 2 + one]
+            rest = outputs()[1 - one].detach()
+            loss = outputs()[one].square().sum() + rest.sum()
+            total = x + branch
+            reference = total if one == 0 else nn.functional.layer_norm(total, (24,), norm.weight, norm.bias, norm.eps)
+            reference = f(reference) if one == 1 and parameters[2] is f.weight else reference
+            _assert_close(
+                torch.autograd.grad(loss, used), _double(*torch.autograd.grad(reference.square().sum(), used)), F32
+            )
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gelu_linear(shape, keep, dtype):
+    _, f = _pieces(shape[1], dtype)
+    hidden = torch.randn(shape).mul(2).to(dtype).requires_grad_()
+    outputs = [functions.GeluLinear.apply(hidden, f.weight, f.bias, keep)]
+    hidden64, *p64 = _double(hidden, f.weight, f.bias)
+    expected = [nn.functional.linear(nn.functional.gelu(hidden64), *p64)]
+    _assert_close(outputs, expected, dtype)
+    found = _gradients(outputs, (hidden, f.weight, f.bias))
+    _assert_close(found, _gradients(expected, (hidden64, *p64)), dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(bias, dtype):
+    _, f = _pieces(24, dtype, bias=bias)
+    x = torch.randn(7, 24, dtype=dtype).requires_grad_()
+    inputs = [t for t in (x, f.weight, f.bias) if t is not None]
+    outputs = [functions.Linear.apply(x, f.weight, f.bias, dtype)]
+    inputs64 = _double(*inputs)
+    expected = [nn.functional.linear(*inputs64)]
+    _assert_close(outputs, expected, dtype)
+    _assert_close(_gradients(outputs, inputs), _gradients(expected, inputs64), dtype)
+
+
+def test_a_row_has_the_same_bits_in_any_batch():
+    norm, _ = _pieces(64, F32)
+    x, branch, grad = (torch.randn(9, 64) for _ in range(3))
+
+    def run(rows):
+        leaf = x[rows].clone().requires_grad_()
+        total, y = functions.ResidualNorm.apply(leaf, branch[rows], norm.weight, norm.bias, norm.eps, F32)
+        return total, y, *torch.autograd.grad(y, leaf, grad[rows])
+
+    whole = run(slice(None))
+    for part in (slice(0, 1), slice(3, 7), slice(8, 9)):
+        assert all(torch.equal(w[part], p) for w, p in zip(whole, run(part), strict=True))
+
+
+def test_strided_inputs_and_gradients():
+    norm, f = _pieces(24, F32)
+    base = torch.randn(24, 6)
+    x = base.t().requires_grad_()
+    given = norm.weight, norm.bias, norm.eps, f.weight, f.bias, F32, False
+    total, y = functions.ResidualNormLinear.apply(x, None, *given)
+    grads = torch.autograd.grad((total, y), x, (torch.ones(24, 6).t(), torch.ones(()).expand(6, 12)))
+    contiguous = x.detach().contiguous().requires_grad_()
+    outputs = functions.ResidualNormLinear.apply(contiguous, None, *given)
+    expected = torch.autograd.grad(outputs, contiguous, (torch.ones(6, 24), torch.ones(6, 12)))
+    assert torch.equal(grads[0], expected[0])
+
+
+def test_second_derivatives_are_refused():
+    _, f = _pieces(5, F32)
+    x = torch.randn(2, 5).requires_grad_()
+    with pytest.raises(NotImplementedError, match="linear: the fused backward has no derivative"):
+        torch.autograd.grad(functions.Linear.apply(x, f.weight, f.bias, F32).sum(), x, create_graph=True)
+
+
+def test_an_open_sink_takes_the_gradients_of_its_parameters_and_no_others():
+    norm, f = _pieces(8, F16)
+    x = torch.randn(6, 8, dtype=F16).requires_grad_()
+    parameters = norm.weight, norm.bias, f.weight, f.bias
+
+    def outputs():
+        given = norm.weight, norm.bias, norm.eps, f.weight, f.bias, F16, False
+        return functions.ResidualNormLinear.apply(x, None, *given)[1].float().sum()
+
+    expected = dict(zip(parameters, torch.autograd.grad(outputs(), parameters), strict=True))
+    sink = GradientSink(torch.device("cpu"))
+    sink.buffers = {p: torch.zeros_like(p, dtype=F32) for p in parameters[:3]}
+    for _ in range(2):
+        with sink.open():
+            found = torch.autograd.grad(outputs(), (x, *parameters), allow_unused=True)
+        assert [g is None for g in found] == [False, True, True, True, False]
+        assert torch.equal(found[4], expected[f.bias])
+    for parameter, total in sink.buffers.items():
+        assert torch.equal(total, 2 * expected[parameter].float())
+    assert torch.autograd.grad(outputs(), f.weight)[0] is not None  # the sink is closed

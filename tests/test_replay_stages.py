@@ -1,0 +1,342 @@
+"""Staged cells, reductions, budgets and captured cells: the gradients of back-propagation through plain segments."""
+
+import gc
+
+import pytest
+import torch
+from replay_cells import assert_close, assert_equal, normal, of_module
+from torch import nn
+
+from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig
+from memformer_kernels.replay import CapturedCell, StagedCell, memory_replay
+
+F64 = torch.float64
+SIZES = dict(vocabulary=11, width=8, heads=2, hidden=16, slots=3, segment_length=5)
+
+
+def _language_model(horizon, dropout=0.0, dtype=F64):
+    torch.manual_seed(3)
+    model = MemformerLM(MemformerLMConfig(**SIZES, layers=3, dropout=dropout)).to(dtype)
+    segments = [tuple(torch.randint(11, (2, 5)) for _ in range(2)) for _ in range(horizon)]
+    segments[-1] = tuple(t[:, :3] for t in segments[-1])  # a text ends where it ends
+    segments[0][1][:, 1:3] = -100
+    return model, segments
+
+
+def _encoder_decoder(horizon, dropout=0.0, dtype=F64):
+    torch.manual_seed(4)
+    config = MemformerConfig(**SIZES, encoder_layers=2, decoder_layers=2, dropout=dropout)
+    model = Memformer(config).to(dtype)
+    return model, [tuple(torch.randint(11, (2, 5)) for _ in range(3)) for _ in range(horizon)]
+
+
+MODELS = {"decoder only": _language_model, "encoder-decoder": _encoder_decoder}
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+
+
+def _plain(model):
+    """The cell without its stages."""
+    return lambda segment, memory: model.cell(segment, memory)
+
+
+def _captured(cell):
+    return CapturedCell(cell, always=True)
+
+
+def _gradients(model, cell, segments, *, reduction="none", seed=0, state_weight=0.1, **options):
+    """Loss and gradients of the parameters; nothing of it stays."""
+    torch.manual_seed(seed)
+    start = model.initial_memory(2)
+    outputs, memory = memory_replay(cell, segments, start, reduction=reduction, **options)
+    if reduction == "none":
+        outputs = torch.stack(outputs).sum() / len(segments)
+    loss = 3 * outputs + state_weight * memory.square().cos().sum()
+    loss.backward()
+    found = {name: p.grad for name, p in of_module(model).items()}
+    model.zero_grad(set_to_none=True)
+    return loss.item(), found
+
+
+WAYS = {"in Python": lambda cell: cell, "captured": _captured}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("budget", [None, 0, 60_000, 10**9], ids=str)
+@every_way
+@every_model
+def test_gradients_equal_back_propagation(make, way, budget, reduction):
+    for horizon in (1, 6):
+        model, segments = make(horizon)
+        loss, expected = _gradients(model, _plain(model), segments, method="bptt")
+        options = dict(reduction=reduction, activation_budget=budget)
+        cell = way(model.cell)
+        for _ in range(2):  # a captured cell captures once
+            found_loss, found = _gradients(model, cell, segments, **options)
+            assert found_loss == pytest.approx(loss, rel=1e-12)
+            assert_close(found, expected, 1e-12)
+
+
+@every_way
+@every_model
+def test_dropout_masks_are_the_same_in_both_passes(make, way):
+    """Finite differences of a rollout whose seed is fixed: they see the forward's masks, the gradient both passes'."""
+    model, segments = make(4, dropout=0.3)
+    cell = way(model.cell)
+    for reduction in ("none", "mean"):
+        _, grads = _gradients(model, cell, segments, reduction=reduction)
+        for name, parameter in of_module(model).items():
+            at = grads[name].abs().argmax()
+            if not name.startswith(("embedding", "write.key", "write.bias", "head.bias")):
+                continue
+            losses = []
+            for step in (1e-5, -1e-5):
+                with torch.no_grad():
+                    parameter.flatten()[at] += step
+                losses.append(_gradients(model, cell, segments, reduction=reduction)[0])
+                with torch.no_grad():
+                    parameter.flatten()[at] -= step
+            assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(grads[name].flatten()[at].item(), rel=1e-5), name
+
+
+@every_model
+def test_captured_rollouts_have_the_bits_of_uncaptured_ones(make):
+    for dropout in (0.0, 0.2):
+        model, segments = make(5, dropout, torch.float32)
+        captured = _captured(model.cell)
+        for reduction in ("none", "sum"):
+            expected = _gradients(model, model.cell, segments, reduction=reduction)
+            for _ in range(2):
+                found = _gradients(model, captured, segments, reduction=reduction)
+                assert found[0] == expected[0]
+                assert_equal(found[1], expected[1])
+
+
+def test_parts_run_over_as_many_segments_as_the_budget_allows():
+    model, segments = _language_model(9)
+    sizes = {"prepare": [], "readout": []}
+
+    def spied(name, function):
+        def run(*lists):
+            sizes[name].append(len(lists[0]))
+            return function(*lists)
+
+        return run
+
+    cell = model.cell
+    staged = StagedCell(cell.advance, prepare=spied("prepare", cell.prepare), readout=spied("readout", cell.readout))
+    memory_replay(staged, segments, model.initial_memory(2), reduction="mean", activation_budget=0)
+    assert sizes == {"prepare": [1] * 9, "readout": [1] * 9}
+    sizes["prepare"].clear(), sizes["readout"].clear()
+    memory_replay(staged, segments, model.initial_memory(2), reduction="mean", activation_budget=10**9)
+    assert sizes == {"prepare": [1, 8], "readout": [1, 8]}
+    sizes["readout"].clear()
+    memory_replay(staged, segments, model.initial_memory(2), reduction="mean")
+    assert sizes["readout"][0] == 1 and max(sizes["readout"]) > 1
+
+
+def test_with_a_reduction_the_readout_runs_once():
+    model, segments = _language_model(4)
+    cell, calls = model.cell, []
+
+    def readout(features, given):
+        calls.append(len(features))
+        return cell.readout(features, given)
+
+    staged = StagedCell(cell.advance, prepare=cell.prepare, readout=readout)
+    loss, _ = memory_replay(staged, segments, model.initial_memory(2), reduction="mean", activation_budget=0)
+    loss.backward()
+    assert sum(calls) == 4
+    calls.clear()
+    outputs, _ = memory_replay(staged, segments, model.initial_memory(2), activation_budget=0)
+    torch.stack(outputs).mean().backward()
+    assert sum(calls) == 8
+
+
+def test_a_budget_saves_as_many_segments_as_it_holds():
+    module = nn.Linear(6, 6, dtype=F64)
+    runs = []
+
+    def cell(x, state):
+        runs.append(x)
+        state = torch.tanh(module(x) + state)
+        return state.sum(), state
+
+    def replayed(budget):
+        runs.clear()
+        outputs, _ = memory_replay(
+            cell, [normal(2, 6, seed=t) for t in range(8)], normal(2, 6), activation_budget=budget
+        )
+        torch.stack(outputs).sum().backward()
+        return len(runs) - 8
+
+    counts = [replayed(budget) for budget in (0, 100, 200, 400, 800, 10**6)]
+    assert counts[0] == 8 and counts[-1] == 0
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) > 3
+    assert replayed(None) == 7
+
+
+def test_rollouts_that_overlap_do_not_mix():
+    """Two forwards before two backwards: what the first left in the graphs' memory is gone."""
+    model, first = _language_model(4)
+    _, second = _language_model(4)
+    second = [(t.flip(1), y) for t, y in second]
+    for reduction in ("none", "mean"):
+        expected = [_gradients(model, _plain(model), s, method="bptt", state_weight=0.0)[1] for s in (first, second)]
+        cell = _captured(model.cell)
+        losses = []
+        for segments in (first, second):
+            outputs, _ = memory_replay(cell, segments, model.initial_memory(2), reduction=reduction)
+            losses.append(3 * (outputs if reduction == "mean" else torch.stack(outputs).mean()))
+        for loss, want in zip(losses, expected, strict=True):
+            loss.backward(retain_graph=True)
+            assert_close({n: p.grad for n, p in of_module(model).items()}, want, 1e-12)
+            model.zero_grad()
+            loss.backward()  # and a second time
+            assert_close({n: p.grad for n, p in of_module(model).items()}, want, 1e-12)
+            model.zero_grad()
+
+
+def test_captures_follow_training_replaced_parameters_and_forms():
+    model, segments = _language_model(3, dropout=0.1)
+    cell = _captured(model.cell)
+
+    def check():
+        for reduction in ("none", "mean"):
+            expected = _gradients(model, model.cell, segments, reduction=reduction)
+            found = _gradients(model, cell, segments, reduction=reduction)
+            assert found[0] == pytest.approx(expected[0], rel=1e-12)
+            assert_close(found[1], expected[1], 1e-12)
+
+    check()
+    with torch.no_grad():
+        model.head.weight.mul_(1.1)  # as an optimiser does
+    check()
+    model.eval()
+    check()
+    model.train()
+    model.head.weight = nn.Parameter(model.head.weight.detach() * 2)
+    check()
+    model.layers[0].requires_grad_(False)
+    check()
+
+
+@every_way
+def test_without_gradients(way):
+    model, segments = _language_model(5)
+    cell = way(model.cell)
+    with torch.no_grad():
+        expected, state = memory_replay(_plain(model), segments, model.initial_memory(2), method="bptt")
+        for _ in range(2):
+            outputs, found = memory_replay(cell, segments, model.initial_memory(2))
+            torch.testing.assert_close(outputs, expected)
+            torch.testing.assert_close(found, state)
+        mean, _ = memory_replay(cell, segments, model.initial_memory(2), reduction="mean")
+        torch.testing.assert_close(mean, torch.stack(expected).mean())
+    assert not mean.requires_grad
+
+
+def test_no_gradient_flows_where_none_is_asked_for():
+    model, segments = _language_model(3)
+    loss, memory = memory_replay(model.cell, segments, model.initial_memory(2), reduction="mean")
+    model.zero_grad()
+    memory.sum().backward(retain_graph=True)  # nothing of the losses
+    assert model.head.weight.grad is None and model.write.bias.grad is not None
+    model.zero_grad()
+    loss.backward()
+    assert model.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_scaler_reaches_the_readout_in_float16(dtype):
+    """In float16 a readout is differentiated when the scaled gradient is there, otherwise in the forward."""
+    model, segments = _language_model(3, dtype=torch.float32)
+    cell, calls = model.cell, []
+
+    def readout(*lists):
+        calls.append(1)
+        return cell.readout(*lists)
+
+    with torch.autocast("cpu", dtype):
+        loss, _ = memory_replay(
+            StagedCell(cell.advance, readout=readout, prepare=cell.prepare),
+            segments,
+            model.initial_memory(2),
+            reduction="mean",
+            activation_budget=0,
+        )
+    before = len(calls)
+    loss.mul(2.0**10).backward()
+    assert (len(calls) > before) == (dtype == torch.float16)
+
+
+def test_a_cell_that_cannot_be_captured_runs_in_python_and_says_why():
+    norm = nn.BatchNorm1d(6)
+
+    def cell(x, state):
+        state = torch.tanh(norm(x) + state)
+        return state.sum(), state
+
+    segments = [normal(4, 6, dtype=torch.float32, seed=t) for t in range(3)]
+    outputs, _ = memory_replay(cell, segments, torch.zeros(4, 6))
+    torch.stack(outputs).sum().backward()
+    expected, norm.weight.grad = norm.weight.grad, None
+    norm.reset_running_stats()
+    captured = CapturedCell(cell)
+    captured._even_on_a_cpu = True
+    with pytest.warns(UserWarning, match="runs in Python, not as CUDA graphs: it changes a buffer of a module"):
+        outputs, _ = memory_replay(captured, segments, torch.zeros(4, 6))
+    torch.stack(outputs).sum().backward()
+    assert torch.equal(norm.weight.grad, expected)
+    assert norm.num_batches_tracked == 3
+    with pytest.raises(RuntimeError, match="the cell cannot be captured: it changes a buffer"):
+        memory_replay(_captured(cell), segments, torch.zeros(4, 6))
+
+
+def test_wrong_parts_are_refused():
+    model, segments = _language_model(3)
+    cell, start = model.cell, model.initial_memory(2)
+    for part, function in (("prepare", lambda s: s[:-1]), ("readout", lambda f, s: torch.zeros(3))):
+        parts = {"prepare": cell.prepare, "readout": cell.readout, part: function}
+        with pytest.raises(TypeError, match=f"memory_replay: {part} must return a list, one item a segment"):
+            memory_replay(StagedCell(cell.advance, **parts), segments, start)
+    with pytest.raises(TypeError, match=r"outputs must be scalar tensors with a reduction, got \[2\]"):
+        memory_replay(lambda x, s: (s[:, 0, 0], s), segments, start, reduction="sum")
+    with pytest.raises(ValueError, match="reduction must be one of none, mean, sum, got 'max'"):
+        memory_replay(cell, segments, start, reduction="max")
+    with pytest.raises(ValueError, match="segments must hold at least one segment with reduction"):
+        memory_replay(cell, [], start, reduction="mean")
+    for budget in (-1, True, "1 GB"):
+        with pytest.raises(ValueError, match="activation_budget must be bytes from 0 up"):
+            memory_replay(cell, segments, start, activation_budget=budget)
+    with pytest.raises(ValueError, match='activation_budget must be left out unless method="replay"'):
+        memory_replay(cell, segments, start, method="bptt", activation_budget=0)
+
+
+@every_way
+def test_an_exception_leaves_a_captured_cell_usable(way):
+    model, segments = _language_model(4)
+    expected = _gradients(model, _plain(model), segments, method="bptt")
+    fails = [True]
+    inner = model.cell
+
+    def advance(x, memory):
+        if fails[0]:
+            raise KeyboardInterrupt
+        return inner.advance(x, memory)
+
+    cell = way(StagedCell(advance, prepare=inner.prepare, readout=inner.readout))
+    with pytest.raises(KeyboardInterrupt):
+        _gradients(model, cell, segments)
+    fails[0] = False
+    assert_close(_gradients(model, cell, segments)[1], expected[1], 1e-12)
+
+
+def test_captures_are_let_go():
+    model, segments = _language_model(3)
+    cell = _captured(model.cell)
+    _gradients(model, cell, segments)
+    assert cell._store.captures
+    cell.clear()
+    gc.collect()
+    assert not cell._store.captures
