@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memformer_kernels import launch, tiles
+from memformer_kernels.layers.fused import triton as fused
 from memformer_kernels.ops.memory_forget import triton as forget
 from memformer_kernels.ops.memory_read import triton as read
 from memformer_kernels.ops.memory_write import triton as write
@@ -125,7 +126,14 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
         saved = torch.empty(B, M, H * D), statistics, statistics, torch.empty(B, M)
         write.backward(memory, *write_call, *saved, 0.125, 1e-12, allow_tf32)
 
+    rows, weight = memory.flatten(0, 1), torch.empty(H * D, dtype=dtype)
+    of_rows = torch.empty(B * M)
     return {
+        "residual_norm forward": lambda: fused.residual_norm_forward(rows, rows, weight, weight, 1e-5, dtype, True),
+        "residual_norm backward": lambda: fused.residual_norm_backward(
+            rows, rows, rows, of_rows, of_rows, weight, weight, True
+        ),
+        "gelu backward": lambda: fused.gelu_backward(rows, rows, True),
         "memory_read forward": lambda: read.forward(*read_call, *options, True),
         "memory_read backward": read_backward,
         "memory_write forward": lambda: write.forward(*write_call, 0.125, 1e-12, allow_tf32, True),
