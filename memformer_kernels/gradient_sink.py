@@ -1,20 +1,53 @@
 """Gradients of parameters added up where they are made, beside the chain of gradients that everything waits for.
 
 A backward that makes a parameter's gradient offers it to `deliver`. As a rule that returns it, for autograd. While a
-sink is open, it adds it to the sink's buffer instead, on a stream of its own: of small matrices many products fit the
-GPU at once, and the gradient of a weight is needed by no other.
+sink is open, it goes to the sink instead: `GradientSink` adds it to a buffer, on a stream of its own. Of small matrices
+many products fit the GPU at once, and the gradient of a weight is needed by no other.
 """
 
 import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 MOST_PENDING = 4  # deliveries that may run behind: what they read cannot be used again before
 FULL = 2**22  # elements of what a delivery reads, from which on one product fills a GPU
+
+
+class Sink(Protocol):
+    def takes(self, parameter: Tensor) -> bool: ...
+
+    def add(self, parameter: Tensor, make: Callable[[], Tensor], reads: tuple[Tensor, ...]) -> None:
+        """Adds the gradient that `make()` computes from `reads`."""
+
+
+_open: Sink | None = None
+_one_at_a_time = threading.RLock()  # autograd's threads deliver, so that no thread can own the sink
+
+
+@contextlib.contextmanager
+def open_sink(sink: Sink) -> Iterator[None]:
+    """Inside, in any thread, what is delivered goes to `sink`, where it takes it."""
+    global _open
+    with _one_at_a_time:
+        before, _open = _open, sink
+        try:
+            yield
+        finally:
+            _open = before
+
+
+def deliver(parameter: Tensor, make: Callable[[], Tensor], *reads: Tensor) -> Tensor | None:
+    """The gradient that `make()` computes from `reads`, for autograd; None where a sink takes it."""
+    sink = _open
+    if sink is None or not sink.takes(parameter):
+        return make().to(parameter.dtype)
+    sink.add(parameter, make, reads)
+    return None
 
 
 class GradientSink:
@@ -25,17 +58,8 @@ class GradientSink:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pending: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Inside, in any thread, `deliver` comes here. All of it is there at the end."""
-        global _open
-        with _one_at_a_time:
-            _open = self
-            try:
-                yield
-            finally:
-                _open = None
-                self.join()
+    def takes(self, parameter: Tensor) -> bool:
+        return parameter in self.buffers
 
     def add(self, parameter: Tensor, make: Callable[[], Tensor], reads: tuple[Tensor, ...]) -> None:
         if self._stream is None or max(t.numel() for t in reads) >= FULL:
@@ -55,16 +79,3 @@ class GradientSink:
         if self._pending:
             torch.cuda.current_stream().wait_event(self._pending[-1][0])
             self._pending.clear()
-
-
-_open: GradientSink | None = None
-_one_at_a_time = threading.Lock()  # autograd's threads deliver, so that no thread can own the sink
-
-
-def deliver(parameter: Tensor, make: Callable[[], Tensor], *reads: Tensor) -> Tensor | None:
-    """The gradient that `make()` computes from `reads`, for autograd; None where a sink takes it."""
-    sink = _open
-    if sink is None or parameter not in sink.buffers:
-        return make()
-    sink.add(parameter, make, reads)
-    return None

@@ -35,7 +35,7 @@ class Recording(Generic[Result]):
                 for _ in range(warm_ups):
                     body()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with _put_right_if_it_fails(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._result = body()
         self._body, self._graph = None, graph  # the graph holds what it needs, but not what the closure holds
 
@@ -44,6 +44,19 @@ class Recording(Generic[Result]):
             return self._body()
         self._graph.replay()
         return self._result
+
+
+@contextlib.contextmanager
+def _put_right_if_it_fails() -> Iterator[None]:
+    """A capture that fails leaves PyTorch on its stream, and the generator as if it went on. The pool is lost."""
+    stream, generator = torch.cuda.current_stream(), torch.cuda.default_generators[torch.cuda.current_device()]
+    spare = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(spare)
+        raise
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import pytest
 import torch
 from replay_cells import assert_close, assert_equal, normal, of_module
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig
 from memformer_kernels.replay import CapturedCell, StagedCell, memory_replay
@@ -330,6 +331,27 @@ def test_an_exception_leaves_a_captured_cell_usable(way):
         _gradients(model, cell, segments)
     fails[0] = False
     assert_close(_gradients(model, cell, segments)[1], expected[1], 1e-12)
+
+
+def test_graphs_of_a_staged_rollout_are_let_go_without_the_garbage_collector():
+    """Also where what they hold is counted: counting must not tie an output to its own graph."""
+    alive = []
+
+    def advance(x, state):
+        assert all(ref.expired() for ref in alive), "an earlier segment still has its graph"
+        state = torch.exp(x + state).tanh()  # both save what they return
+        alive.append(StorageWeakRef((middle := state.exp()).untyped_storage()))
+        return middle.sin().sum(), state
+
+    gc.collect()
+    gc.disable()
+    try:
+        segments = [normal(2, 6, seed=t, needs_grad=True) for t in range(4)]
+        cell = StagedCell(advance, readout=lambda features, _: [f * 1 for f in features])
+        loss, _ = memory_replay(cell, segments, normal(2, 6), reduction="mean")
+        loss.backward()
+    finally:
+        gc.enable()
 
 
 def test_captures_are_let_go():

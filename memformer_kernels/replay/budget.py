@@ -21,7 +21,7 @@ class Count:
             if (storage := _storage(tensor)) not in self._seen:
                 self._seen.add(storage)
                 self.bytes += tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # an output saved as it is would keep its own graph alive
 
 
 class Keeper:

@@ -76,10 +76,10 @@ class CapturedCell:
 
     def give_up(self, error: "NotCapturable") -> None:
         """From now on the cell runs in Python."""
+        self.clear()
         if self.always:
             raise RuntimeError(f"memory_replay: the cell cannot be captured: {error}") from error
         self.reason = str(error)
-        self.clear()
         warnings.warn(f"memory_replay: the cell runs in Python, not as CUDA graphs: {error}", stacklevel=5)
 
 
@@ -106,12 +106,23 @@ class _Store:
     device: torch.device | None = None
     addresses: list[tuple] = field(default_factory=list)
 
+    # Captured graphs are made on these, which share the parameters' memory: a parameter itself may be in a graph of the
+    # caller's, which ties its gradient to the caller's stream
+    aliases: dict[Tensor, Tensor] = field(default_factory=dict)
+    originals: dict[Tensor, Tensor] = field(default_factory=dict)
+
     def follow(self, parameters: list[Tensor], device: torch.device) -> None:
         """Forgets everything where the parameters are not those of the captures."""
         addresses = [(id(p), p.data_ptr(), p.requires_grad) for p in parameters]
         if addresses != self.addresses or device != self.device:
-            self.totals, self.pools, self.device, self.addresses = StaticTotals(device), {}, device, addresses
+            self.pools, self.device, self.addresses = {}, device, addresses
             self.captures.clear()
+            self.aliases = {p: torch.nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
+            self.originals = {alias: p for p, alias in self.aliases.items()}
+            self.totals = StaticTotals(device)
+
+    def original(self, leaf: Tensor) -> Tensor:
+        return self.originals.get(leaf, leaf)
 
     def pool(self, name: str) -> _Pool:
         if name not in self.pools:
@@ -139,7 +150,8 @@ class CapturedPart:
 
     @property
     def parameters(self) -> list[Tensor]:
-        return list({id(p): p for capture in self.used for p in capture.parameters}.values())
+        found = [self.store.original(leaf) for capture in self.used for leaf in capture.leaves]
+        return list({id(p): p for p in found}.values())
 
     def run_only(self, arguments: Tree) -> Tree:
         return self._capture(arguments).run(arguments)
@@ -160,7 +172,7 @@ class CapturedPart:
     def run_and_pull(self, label: str, arguments: Tree, weight: float, totals: Totals) -> tuple[Tree, Grads]:
         capture = self._capture(arguments)
         capture.need_pairs(1)
-        totals.taking_static(self.store.totals)
+        totals.taking_static(self.store.totals, self.store.original)
         if not capture.pairs:
             return capture.run(arguments), [None] * len(arguments.tensors())
         result = capture.pairs[0].run(arguments)
@@ -168,7 +180,7 @@ class CapturedPart:
 
     def pull(self, record: _Record, arguments: Tree, grads: Grads, totals: Totals) -> Grads:
         capture, pair = record.capture, record.pair
-        totals.taking_static(self.store.totals)
+        totals.taking_static(self.store.totals, self.store.original)
         if pair is None or capture.pool.pending.pop(pair, None) is not record.ticket:
             if record.random is not None:
                 self.surroundings.random.set(record.random)
@@ -209,7 +221,7 @@ class _Capture:
     def __init__(self, part: CapturedPart, form: tuple, arguments: Tree):
         self.name, self.form, self.function, self.store = part.name, form, part.function, part.store
         self.surroundings, self.pool = part.surroundings, part.store.pool(part.name)
-        self.parameters: list[Tensor] = []
+        self.leaves: list[Tensor] = []  # aliases of parameters, and other leaves in use
         self.needs_grad: list[bool] = []
         self.draws = False
         self.bytes = 0
@@ -232,7 +244,8 @@ class _Capture:
         return result.replace([c.requires_grad_(flag) for c, flag in zip(copies, flags, strict=True)])
 
     def call(self, arguments: Tree) -> Tree:
-        with self.surroundings.autocast.again():
+        modules = self.surroundings.modules
+        with modules.parameters_replaced(self.store.aliases), self.surroundings.autocast.again():
             return Tree.of(self.function(*arguments.whole()))
 
     def record(self, body: Callable) -> Recording:
@@ -247,13 +260,14 @@ class _Capture:
             return
         self.pool.pending.clear()
         self.pairs.clear()
+        pairs = [_Pair(self, self._arguments if i == 0 else _static(self._arguments)) for i in range(count)]
         # all forwards before all backwards: what one leaves for its backward, no other may overwrite
         with self.surroundings.random.kept():
-            self.pairs = [_Pair(self, self._arguments if i == 0 else _static(self._arguments)) for i in range(count)]
-            for pair in self.pairs:
+            for pair in pairs:
                 pair.record_forward()
-            for pair in reversed(self.pairs):
+            for pair in reversed(pairs):
                 pair.record_backward()
+            self.pairs = pairs
             self._check_forward()
 
     def _record_forward(self, mode: Any) -> None:
@@ -278,7 +292,8 @@ class _Capture:
     def _try(self, arguments: Tree) -> None:
         """Runs it aside as it is: kernels get compiled; what it uses, draws and holds is found."""
         modules, random = self.surroundings.modules, self.surroundings.random
-        with random.kept(), modules.kept_if_raises(), aside(self.store.device):
+        replaced = modules.parameters_replaced(self.store.aliases)
+        with random.kept(), modules.kept_if_raises(), replaced, aside(self.store.device):
             cpu, others, _ = random.get()
             buffers = versions_of(modules.buffers())
             if torch.is_grad_enabled():
@@ -300,8 +315,8 @@ class _Capture:
             if any(self.needs_grad):
                 grads = [torch.zeros_like(t) if t.requires_grad else None for t in result.tensors()]
                 trial.pull(record, arguments.cut(), grads, totals)
-        self.parameters, self.bytes = trial.parameters, trial.bytes_each
-        self.store.totals.reserve([p for p in self.parameters if totals.of(p) is not None])
+        self.leaves, self.bytes = trial.parameters, trial.bytes_each
+        self.store.totals.reserve([leaf for leaf in self.leaves if totals.of(leaf) is not None])
 
 
 class _Pair:
@@ -350,10 +365,10 @@ class _Pair:
         wanted = [i for i, leaf in enumerate(self.leaves) if leaf.requires_grad]
 
         def body() -> Grads:
-            with capture.store.totals.taking(capture.parameters):
+            with capture.store.totals.taking(capture.leaves):
                 grads = torch.autograd.grad(
                     [self.made[i] for i in roots],
-                    [*(self.leaves[i] for i in wanted), *capture.parameters],
+                    [*(self.leaves[i] for i in wanted), *capture.leaves],
                     [self.grads[i] for i in roots],
                     allow_unused=True,
                 )

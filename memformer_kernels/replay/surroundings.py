@@ -6,7 +6,7 @@ import inspect
 import operator
 import sys
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,18 @@ class ModuleState:
             yield
         finally:
             self._put(originals, modes)
+
+    @contextlib.contextmanager
+    def parameters_replaced(self, by: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """The modules have the tensors of `by` in the place of its keys."""
+        places = [(m, name, p) for m in self.owners for name, p in m._parameters.items() if p is not None and p in by]
+        try:
+            for module, name, parameter in places:
+                module._parameters[name] = by[parameter]
+            yield
+        finally:
+            for module, name, parameter in places:
+                module._parameters[name] = parameter
 
     @contextlib.contextmanager
     def kept_if_raises(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from memformer_kernels.gradient_sink import GradientSink
+from memformer_kernels.gradient_sink import GradientSink, open_sink
 
 
 class Totals:
@@ -16,27 +16,34 @@ class Totals:
     def __init__(self):
         self._sums: dict[Tensor, Tensor] = {}
         self._owned: set[Tensor] = set()
-        self._static: list[StaticTotals] = []
+        self._static: dict[StaticTotals, Callable[[Tensor], Tensor]] = {}
 
     @contextlib.contextmanager
     def taking(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Inside, the gradients of `parameters` come here, each at once, so that those of one call never stand beside
         the sums all together. The user's hooks, which belong to the rollout's one gradient, stay out."""
-        with hooks_replaced(parameters, [functools.partial(self._take, p) for p in parameters]):
+        with hooks_replaced(parameters, [functools.partial(self._take, p) for p in parameters]), open_sink(self):
             yield
 
-    def taking_static(self, buffers: "StaticTotals") -> None:
-        """From here to `settle` the sums of `buffers`, from zero on, belong to these."""
+    def takes(self, parameter: Tensor) -> bool:
+        return True
+
+    def add(self, parameter: Tensor, make: Callable[[], Tensor], reads: tuple[Tensor, ...]) -> None:
+        """As a sink for what is delivered inside `taking`."""
+        self._add(parameter, wide(make()))
+
+    def taking_static(self, buffers: "StaticTotals", original: Callable[[Tensor], Tensor]) -> None:
+        """From here to `settle` the sums of `buffers`, from zero on, belong to these: to `original(leaf)` of each."""
         if buffers not in self._static:
             buffers.zero()
-            self._static.append(buffers)
+            self._static[buffers] = original
 
     def settle(self) -> None:
         """Takes over what static buffers hold; they are free for the next rollout."""
-        for buffers in self._static:
-            for parameter, total in buffers.sums().items():
-                self._add(parameter, total.clone())
-                self._owned.add(parameter)
+        for buffers, original in self._static.items():
+            for leaf, total in buffers.sums().items():
+                self._add(original(leaf), total.clone())
+                self._owned.add(original(leaf))
         self._static.clear()
 
     def of(self, parameter: Tensor) -> Tensor | None:
@@ -76,8 +83,9 @@ class StaticTotals:
     @contextlib.contextmanager
     def taking(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """As `Totals.taking`, and what is delivered to a sink comes here too."""
-        with hooks_replaced(parameters, [functools.partial(self._take, p) for p in parameters]), self._sink.open():
+        with hooks_replaced(parameters, [functools.partial(self._take, p) for p in parameters]), open_sink(self._sink):
             yield
+            self._sink.join()
 
     def reserve(self, parameters: Sequence[Tensor]) -> None:
         """Buffers of parameters that there will be gradients of."""

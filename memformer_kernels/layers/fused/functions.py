@@ -108,11 +108,11 @@ def _residual_norm_backward(ctx, saved, grad_total: Grad, grad: Grad, again: boo
     if grad is not None:
         parameters = ctx.norm_weight, ctx.norm_bias
         grad_total = None if grad_total is None else grad_total.contiguous()
-        grad_x, normalised, affine = kernels.residual_norm_backward(
+        grad_x, normalised, partial = kernels.residual_norm_backward(
             grad.contiguous(), grad_total, total, mean, inv_std, *parameters, again
         )
         of_norm = tuple(
-            deliver(p, lambda i=i, p=p: affine[i].to(p.dtype), affine) if p is not None and p.requires_grad else None
+            deliver(p, lambda i=i: partial[:, i].sum(0), partial) if p is not None and p.requires_grad else None
             for i, p in enumerate(parameters)
         )
     of_x, of_branch = ctx.dtypes
@@ -126,7 +126,7 @@ def _of_parameters(ctx, grad: Tensor, x: Tensor) -> tuple[Grad, Grad]:
     weight, bias = ctx.weight, ctx.bias
     of_weight = of_bias = None
     if weight.requires_grad:
-        of_weight = deliver(weight, lambda: (grad.t() @ x).to(weight.dtype), grad, x)
+        of_weight = deliver(weight, lambda: grad.t() @ x, grad, x)
     if bias is not None and bias.requires_grad:
-        of_bias = deliver(bias, lambda: grad.sum(0, dtype=torch.float32).to(bias.dtype), grad)
+        of_bias = deliver(bias, lambda: grad.sum(0, dtype=torch.float32), grad)
     return of_weight, of_bias

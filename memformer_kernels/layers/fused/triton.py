@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from memformer_kernels import launch
-from memformer_kernels.partials import sum_partials
 
 MOST_CHANNELS = 8192  # of a row in registers
 MOST_PARTS = 256  # terms of the sum over programs: about two programs for each multiprocessor of a large GPU
@@ -170,13 +169,12 @@ def residual_norm_forward(
 
 
 @launch.planned
-def _backward_plan(rows, width, dtypes, device) -> tuple[int, launch.Launcher, launch.Launcher]:
+def _backward_plan(rows, width, dtypes, device) -> tuple[int, launch.Launcher]:
     tile = _tile(width)
     part = -(-rows // MOST_PARTS)
     part = -(-part // tile["ROWS"]) * tile["ROWS"]
     parts = -(-rows // part)
-    run = launch.Launcher(_residual_norm_backward_kernel, parts, (rows, part), C=width, **tile)
-    return parts, run, sum_partials(parts, 2 * width, torch.float32, device)
+    return parts, launch.Launcher(_residual_norm_backward_kernel, parts, (rows, part), C=width, **tile)
 
 
 def residual_norm_backward(
@@ -189,20 +187,19 @@ def residual_norm_backward(
     bias: Tensor | None,
     again: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`(grad_x, normalised, grad_affine)`: the second with `again`; the third [2, C] float32, of weight and bias."""
+    """`(grad_x, normalised, partial)`: the second with `again`; the third [parts, 2, C] in float32, whose sum over the
+    parts is the gradient of weight and bias."""
     rows, width = total.shape
     grad_x = torch.empty_like(total)
     normalised = torch.empty_like(grad_normalised) if again else None
-    grad_affine = total.new_empty(2, width, dtype=torch.float32)
     if not total.numel():
-        return grad_x, normalised, grad_affine.zero_()
+        return grad_x, normalised, total.new_zeros(1, 2, width, dtype=torch.float32)
     given = grad_normalised, grad_total, total, mean, inv_std, weight, bias
     dtypes = tuple(None if t is None else t.dtype for t in (*given, normalised))
-    parts, run, add_parts = _backward_plan(rows, width, dtypes, total.device)
+    parts, run = _backward_plan(rows, width, dtypes, total.device)
     partial = total.new_empty(parts, 2, width, dtype=torch.float32)
     run(*given, grad_x, normalised, partial)
-    add_parts(partial, grad_affine)
-    return grad_x, normalised, grad_affine
+    return grad_x, normalised, partial
 
 
 @launch.planned
