@@ -198,6 +198,21 @@ def test_rollouts_that_overlap_do_not_mix():
             model.zero_grad()
 
 
+def test_what_another_capture_overwrites_is_not_kept():
+    """The last segment is shorter: its capture shares the pool with that of the others, and may have run over it."""
+    model, segments = _language_model(5)
+    cell = _captured(model.cell)
+    outputs, _ = memory_replay(cell, segments, model.initial_memory(2), activation_budget=10**9)
+    for pool in cell._store.pools.values():
+        assert len({pair.capture for pair in pool.pending}) <= 1
+    advance = cell._store.pools["advance"].pending
+    assert [pair.arguments.tensors()[0].shape[1] for pair in advance] == [3]
+    model, segments = _encoder_decoder(5)
+    cell = _captured(model.cell)
+    outputs, _ = memory_replay(cell, segments, model.initial_memory(2), activation_budget=10**9)
+    assert len(cell._store.pools["advance"].pending) == 5
+
+
 def test_captures_follow_training_replaced_parameters_and_forms():
     model, segments = _language_model(3, dropout=0.1)
     cell = _captured(model.cell)

@@ -95,6 +95,11 @@ class _Pool:
     handle: tuple | None
     pending: dict["_Pair", object] = field(default_factory=dict)
 
+    def runs(self, pair: "_Pair") -> None:
+        """Nothing is pending any more but what the pairs recorded before `pair`, in the same capture, left."""
+        before = pair.capture.pairs[: pair.capture.pairs.index(pair)]
+        self.pending = {p: ticket for p, ticket in self.pending.items() if p in before}
+
 
 @dataclass
 class _Store:
@@ -160,7 +165,8 @@ class CapturedPart:
         capture = self._capture(arguments)
         record = _Record(capture, self.surroundings.random.get() if capture.draws else None)
         if self.keeps is None:  # the first of the rollout's calls
-            self.keeps = 1 if self.budget is None else min(self.budget // max(capture.bytes, 1), left + 1)
+            most = left + 1 if self.name == "advance" else 1
+            self.keeps = 1 if self.budget is None else min(self.budget // max(capture.bytes, 1), most)
         capture.need_pairs(max(1, self.keeps))
         if left >= self.keeps or not capture.pairs:
             return capture.run(arguments), record
@@ -331,8 +337,7 @@ class _Pair:
 
     def run(self, arguments: Tree) -> Tree:
         _load(self.arguments.tensors(), arguments.tensors())
-        if self is self.capture.pairs[0]:  # the others follow it
-            self.capture.pool.pending.clear()
+        self.capture.pool.runs(self)
         return self.capture.copied(self.forward.replay())
 
     def pull(self, grads: Sequence[Tensor | float | None]) -> Grads:

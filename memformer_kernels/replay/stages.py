@@ -12,8 +12,9 @@ class StagedCell:
         outputs = readout(features, segments)                     what no later segment depends on
 
     `memory_replay` runs `prepare` and `readout` over many segments at once, as many as its `activation_budget` allows:
-    an embedding, a first layer, a decoder, a head and its loss are off the sequential path. Called, it is an ordinary
-    cell of one segment.
+    an embedding, a first layer, a decoder, a head and its loss are off the sequential path. Random numbers are then
+    drawn in another order than segment after segment, the same in both passes. Called, it is an ordinary cell of one
+    segment.
 
     Args:
         advance: `(input, state) -> (features, next_state)`, pytrees.

@@ -1,0 +1,138 @@
+"""Captured rollouts on a GPU: the bits of the uncaptured ones, the gradients of back-propagation, what stays behind.
+
+    PYTHONPATH=. python tests/gpu/check_replay.py --out /tmp/report
+
+Prints a line a check, ends with 1 if one failed, and writes replay.json.
+"""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig
+from memformer_kernels.replay import CapturedCell, memory_replay
+
+SIZES = dict(vocabulary=64, width=64, heads=4, hidden=256, slots=8, segment_length=32)
+ROWS, HORIZON = 4, 6
+OF_BACK_PROPAGATION = 5e-6  # float32
+CUDA = torch.device("cuda")
+
+
+def language_model(dropout: float) -> tuple:
+    model = MemformerLM(MemformerLMConfig(**SIZES, layers=3, dropout=dropout)).to(CUDA)
+    return model, [tuple(torch.randint(64, (ROWS, 32), device=CUDA) for _ in range(2)) for _ in range(HORIZON)]
+
+
+def encoder_decoder(dropout: float) -> tuple:
+    model = Memformer(MemformerConfig(**SIZES, encoder_layers=2, decoder_layers=3, dropout=dropout)).to(CUDA)
+    return model, [tuple(torch.randint(64, (ROWS, 32), device=CUDA) for _ in range(3)) for _ in range(HORIZON)]
+
+
+def gradients(model, cell, segments, *, reduction="none", autocast=False, **options) -> dict[str, torch.Tensor]:
+    """Of a rollout with a fixed seed; the loss goes along under a name of its own."""
+    torch.manual_seed(1)
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        outputs, memory = memory_replay(cell, segments, model.initial_memory(ROWS), reduction=reduction, **options)
+    loss = (torch.stack(outputs).mean() if reduction == "none" else outputs) + memory.float().square().cos().mean()
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def rollouts(make) -> list[dict]:
+    """Captured against uncaptured, twice each: the first time captures."""
+    rows = []
+    for dropout in (0.0, 0.2):
+        torch.manual_seed(0)
+        model, segments = make(dropout)
+        truth = gradients(model, model.loss, segments, method="bptt")
+        for autocast in (False, True):
+            captured = CapturedCell(model.cell, always=True)
+            for reduction in ("none", "mean"):
+                for budget in (None, 0, 10**9):
+                    options = dict(reduction=reduction, autocast=autocast, activation_budget=budget)
+                    expected = gradients(model, model.cell, segments, **options)
+                    found = [gradients(model, captured, segments, **options) for _ in range(2)]
+                    row = {"check": f"{make.__name__}, dropout {dropout}", **options}
+                    row["same_bits"] = all(torch.equal(f[name], e) for f in found for name, e in expected.items())
+                    row["ok"] = row["same_bits"]
+                    if not autocast and dropout == 0:  # stages draw in another order than segments
+                        row["of_back_propagation"] = max(
+                            ((found[1][name] - t).abs().max() / t.abs().max().clamp(min=1e-30)).item()
+                            for name, t in truth.items()
+                        )
+                        row["ok"] &= row["of_back_propagation"] <= OF_BACK_PROPAGATION
+                    rows.append(row)
+    return rows
+
+
+def fallback() -> list[dict]:
+    """A cell that makes the host wait cannot be captured: it runs in Python, and PyTorch is as it was."""
+    linear = torch.nn.Linear(16, 16).to(CUDA)
+
+    def cell(x, state):
+        state = torch.nn.functional.dropout(torch.tanh(linear(x) + state), 0.3)
+        return state.sum() * (1 if state.sum().item() < 1e9 else 2), state
+
+    def run(cell):
+        torch.manual_seed(5)
+        linear.zero_grad()
+        segments = [torch.randn(4, 16, device=CUDA) for _ in range(3)]
+        outputs, _ = memory_replay(cell, segments, torch.zeros(4, 16, device=CUDA))
+        torch.stack(outputs).sum().backward()
+        return linear.weight.grad.clone(), torch.rand(2, device=CUDA)
+
+    expected, stream = run(cell), torch.cuda.current_stream()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = run(CapturedCell(cell))
+    told = [str(w.message) for w in said if "runs in Python, not as CUDA graphs" in str(w.message)]
+    ok = len(told) == 1 and all(map(torch.equal, found, expected)) and torch.cuda.current_stream() == stream
+    again = run(CapturedCell(lambda x, s: (torch.tanh(linear(x) + s).sum(), torch.tanh(linear(x) + s)), always=True))
+    return [
+        {"check": "a cell that cannot be captured runs in Python", "said": told, "ok": ok},
+        {"check": "the next capture succeeds", "ok": bool(again[0].isfinite().all())},
+    ]
+
+
+def graphs_are_let_go() -> list[dict]:
+    """A rollout in Python holds a segment's graph, not the rollout's."""
+    torch.manual_seed(0)
+    model, _ = language_model(0.0)
+
+    def peak(horizon: int) -> int:
+        segments = [tuple(torch.randint(64, (64, 32), device=CUDA) for _ in range(2)) for _ in range(horizon)]
+        loss, _ = memory_replay(model.cell, segments, model.initial_memory(64), reduction="mean")
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        memory_replay(model.cell, segments, model.initial_memory(64), reduction="mean")[0].backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    stored = 64 * 64 * 4 * (8 + 3 * 32)  # of a segment: its memory, its input, its features and their gradient
+    one, few, many = peak(1), peak(32), peak(64)
+    ok = many - few <= 32 * stored + one  # a group may be a segment larger
+    return [{"check": "peak memory grows by what is stored", "bytes": [one, few, many], "stored": stored, "ok": ok}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of replay.json")
+    out = parser.parse_args().out
+    rows = [*rollouts(language_model), *rollouts(encoder_decoder), *fallback(), *graphs_are_let_go()]
+    for row in rows:
+        print("ok    " if row["ok"] else "FAILED", json.dumps({k: v for k, v in row.items() if k != "ok"}), flush=True)
+    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": rows}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "replay.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{sum(row['ok'] for row in rows)} of {len(rows)} ok")
+    raise SystemExit(not all(row["ok"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
