@@ -1,14 +1,15 @@
 """Gradients of parameters added up where they are made, beside the chain of gradients that everything waits for.
 
-A backward that makes a parameter's gradient offers it to `deliver`. As a rule that returns it, for autograd. While a
-sink is open, it goes to the sink instead: `GradientSink` adds it to a buffer, on a stream of its own. Of small matrices
-many products fit the GPU at once, and the gradient of a weight is needed by no other.
+A backward that makes parameters' gradients offers them to `deliver`. As a rule that returns them, for autograd. While a
+sink is open, they are added to the sink's totals instead, by the kernels that make them: no gradient is rounded or
+stored before. `GradientSink` does so on a stream of its own: of small matrices many products fit the GPU at once, and
+the gradient of a weight is needed by no other.
 """
 
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -17,12 +18,15 @@ from torch import Tensor
 MOST_PENDING = 4  # deliveries that may run behind: what they read cannot be used again before
 FULL = 2**22  # elements of what a delivery reads, from which on one product fills a GPU
 
+Gradients = tuple[Tensor | None, ...]
+Make = Callable[[list[Tensor | None]], Gradients]  # adds a gradient to its total, or returns it where that is None
+
 
 class Sink(Protocol):
     def takes(self, parameter: Tensor) -> bool: ...
 
-    def add(self, parameter: Tensor, make: Callable[[], Tensor], reads: tuple[Tensor, ...]) -> None:
-        """Adds the gradient that `make()` computes from `reads`."""
+    def add(self, parameters: Sequence[Tensor | None], make: Make, reads: tuple[Tensor, ...]) -> Gradients:
+        """Has `make` add the gradients that it computes from `reads` to the totals of `parameters`."""
 
 
 _open: Sink | None = None
@@ -41,13 +45,14 @@ def open_sink(sink: Sink) -> Iterator[None]:
             _open = before
 
 
-def deliver(parameter: Tensor, make: Callable[[], Tensor], *reads: Tensor) -> Tensor | None:
-    """The gradient that `make()` computes from `reads`, for autograd; None where a sink takes it."""
+def deliver(parameters: Sequence[Tensor | None], make: Make, *reads: Tensor) -> Gradients:
+    """The gradients that `make` computes from `reads`, for autograd; None where a sink takes them."""
     sink = _open
-    if sink is None or not sink.takes(parameter):
-        return make().to(parameter.dtype)
-    sink.add(parameter, make, reads)
-    return None
+    if sink is None or not any(sink.takes(p) for p in parameters if p is not None):
+        grads = make([None] * len(parameters))
+    else:
+        grads = sink.add(parameters, make, reads)
+    return tuple(None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
 
 
 class GradientSink:
@@ -61,18 +66,21 @@ class GradientSink:
     def takes(self, parameter: Tensor) -> bool:
         return parameter in self.buffers
 
-    def add(self, parameter: Tensor, make: Callable[[], Tensor], reads: tuple[Tensor, ...]) -> None:
+    def add(self, parameters: Sequence[Tensor | None], make: Make, reads: tuple[Tensor, ...]) -> Gradients:
+        totals = [None if p is None else self.buffers.get(p) for p in parameters]
         if self._stream is None or max(t.numel() for t in reads) >= FULL:
             self.join()  # sums are added up in one order
-            self.buffers[parameter] += make()
-            return
+            return make(totals)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self.buffers[parameter] += make()
+            grads = make(totals)
             done = self._stream.record_event()
         self._pending.append((done, reads))
+        if any(g is not None for g in grads):  # autograd goes on with these
+            self.join()
         while len(self._pending) > MOST_PENDING:
             torch.cuda.current_stream().wait_event(self._pending.popleft()[0])
+        return grads
 
     def join(self) -> None:
         """The current stream waits for all deliveries."""

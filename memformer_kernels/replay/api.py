@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from memformer_kernels import checks
@@ -139,12 +138,14 @@ def _replay(
         return [], state
     captured = None
     if isinstance(cell, CapturedCell):
-        captured, cell = None if strict or random_sources else cell, cell.cell
-    modules = modules_of(cell)
-    parameters = [p for m in modules for p in m.parameters() if not is_lazy(p)]
+        captured, modules, cell = None if strict or random_sources else cell, cell.modules, cell.cell
+    else:
+        modules = modules_of(cell)
+    modules = ModuleState(modules)
+    parameters = modules.parameters()
     inputs = [t for tree in (*segments, state) for t in Tree.of(tree).tensors()]
     devices = sorted({t.device for t in (*inputs, *parameters)}, key=str)
-    surroundings = Surroundings(RandomState(devices, random_sources), Autocast.now(devices), ModuleState(modules))
+    surroundings = Surroundings(RandomState(devices, random_sources), Autocast.now(devices), modules)
     budget = budget_in_bytes(activation_budget, next((d for d in devices if d.type == "cuda"), None))
 
     staged = isinstance(cell, StagedCell)

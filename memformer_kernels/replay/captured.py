@@ -21,7 +21,7 @@ from memformer_kernels.replay.budget import Keeper, groups_of
 from memformer_kernels.replay.python_part import PythonPart
 from memformer_kernels.replay.rollout import Grads, Parts
 from memformer_kernels.replay.stages import functions_of
-from memformer_kernels.replay.surroundings import Surroundings, same_bits, versions_of
+from memformer_kernels.replay.surroundings import Autocast, Surroundings, modules_of, same_bits, versions_of
 from memformer_kernels.replay.totals import StaticTotals, Totals
 from memformer_kernels.replay.tree import Tree, as_leaf
 
@@ -50,6 +50,7 @@ class CapturedCell:
     def __init__(self, cell: Callable[[Any, Any], tuple[Any, Any]], *, always: bool = False):
         self.cell, self.always = cell, always
         self.reason: str | None = None  # why it runs in Python
+        self.modules = modules_of(cell)
         self._even_on_a_cpu = always  # the same code without graphs, for tests
         self._store = _Store()
 
@@ -105,7 +106,7 @@ class _Pool:
 class _Store:
     """All captures of one cell."""
 
-    totals: StaticTotals | None = None
+    totals: dict[str, StaticTotals] = field(default_factory=dict)  # of each part
     captures: list["_Capture"] = field(default_factory=list)
     pools: dict[str, _Pool] = field(default_factory=dict)
     device: torch.device | None = None
@@ -120,19 +121,40 @@ class _Store:
         """Forgets everything where the parameters are not those of the captures."""
         addresses = [(id(p), p.data_ptr(), p.requires_grad) for p in parameters]
         if addresses != self.addresses or device != self.device:
-            self.pools, self.device, self.addresses = {}, device, addresses
+            self.pools, self.totals, self.device, self.addresses = {}, {}, device, addresses
             self.captures.clear()
             self.aliases = {p: torch.nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
             self.originals = {alias: p for p, alias in self.aliases.items()}
-            self.totals = StaticTotals(device)
 
     def original(self, leaf: Tensor) -> Tensor:
         return self.originals.get(leaf, leaf)
+
+    def alias(self, parameter: Tensor) -> Tensor:
+        return self.aliases.get(parameter, parameter)
+
+    def totals_of(self, name: str) -> StaticTotals:
+        if name not in self.totals:
+            self.totals[name] = StaticTotals(self.device)
+        return self.totals[name]
 
     def pool(self, name: str) -> _Pool:
         if name not in self.pools:
             self.pools[name] = _Pool(torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None)
         return self.pools[name]
+
+
+@dataclass(frozen=True)
+class _Modes:
+    """All that a capture depends on besides its arguments."""
+
+    training: tuple[bool, ...]
+    autocast: Autocast
+    grad: bool
+
+    @classmethod
+    def now(cls, surroundings: Surroundings) -> "_Modes":
+        training = tuple(module.training for module in surroundings.modules.owners)
+        return cls(training, surroundings.autocast, torch.is_grad_enabled())
 
 
 @dataclass
@@ -152,6 +174,8 @@ class CapturedPart:
         self.bytes_each: int | None = None
         self.keeps: int | None = None  # how many of the last calls keep their graph
         self.used: list[_Capture] = []
+        self.modes = _Modes.now(surroundings)
+        self._state: list[int] | None = None  # which of the arguments' tensors are the state's
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -171,22 +195,22 @@ class CapturedPart:
         if left >= self.keeps or not capture.pairs:
             return capture.run(arguments), record
         record.pair, record.ticket = capture.pairs[self.keeps - 1 - left], object()
-        result = record.pair.run(arguments)
+        result = capture.copied(record.pair.run(arguments))
         capture.pool.pending[record.pair] = record.ticket
         return result, record
 
     def run_and_pull(self, label: str, arguments: Tree, weight: float, totals: Totals) -> tuple[Tree, Grads]:
         capture = self._capture(arguments)
         capture.need_pairs(1)
-        totals.taking_static(self.store.totals, self.store.original)
+        totals.taking_static(self.store.totals_of(self.name), self.store.alias)
         if not capture.pairs:
             return capture.run(arguments), [None] * len(arguments.tensors())
-        result = capture.pairs[0].run(arguments)
+        result = capture.copied(capture.pairs[0].run(arguments))
         return result, capture.pairs[0].pull([weight] * len(capture.needs_grad))
 
     def pull(self, record: _Record, arguments: Tree, grads: Grads, totals: Totals) -> Grads:
         capture, pair = record.capture, record.pair
-        totals.taking_static(self.store.totals, self.store.original)
+        totals.taking_static(self.store.totals_of(self.name), self.store.alias)
         if pair is None or capture.pool.pending.pop(pair, None) is not record.ticket:
             if record.random is not None:
                 self.surroundings.random.set(record.random)
@@ -197,12 +221,21 @@ class CapturedPart:
     def group(self, left: int, budget: int | None) -> int:
         return 1 if self.bytes_each is None else groups_of(left, self.bytes_each, budget)
 
-    def _capture(self, arguments: Tree) -> "_Capture":
-        if self.name == "advance" and torch.is_grad_enabled():
-            # the first state may need no gradient where the others do; one capture serves them all
+    def _with_state_as_leaf(self, arguments: Tree) -> Tree:
+        """The first state may need no gradient where the others do; one capture serves them all."""
+        tensors = arguments.tensors()
+        if self._state is None:
             state = {id(t) for t in Tree.of(arguments.whole()[1]).tensors() if t.is_floating_point()}
-            arguments = arguments.replace([as_leaf(t, t.requires_grad or id(t) in state) for t in arguments.tensors()])
-        form = _form(arguments, self.surroundings)
+            self._state = [i for i, t in enumerate(tensors) if id(t) in state]
+        if all(tensors[i].requires_grad for i in self._state):
+            return arguments
+        return arguments.replace([as_leaf(t, t.requires_grad or i in self._state) for i, t in enumerate(tensors)])
+
+    def _capture(self, arguments: Tree) -> "_Capture":
+        """The capture that serves these arguments: made now if there is none."""
+        if self.name == "advance" and self.modes.grad:
+            arguments = self._with_state_as_leaf(arguments)
+        form = arguments.spec, [_leaf_form(leaf) for leaf in arguments.leaves], self.modes
         capture = next((c for c in self.store.captures if (c.name, c.form) == (self.name, form)), None)
         if capture is None:
             capture = _Capture(self, form, arguments)
@@ -214,11 +247,8 @@ class CapturedPart:
         return capture
 
 
-def _form(arguments: Tree, surroundings: Surroundings) -> tuple:
-    """All that a capture depends on besides values."""
-    leaves = [(t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else (type(t), t) for t in arguments.leaves]
-    modes = [module.training for module in surroundings.modules.owners]
-    return arguments.spec, leaves, modes, surroundings.autocast, torch.is_grad_enabled()
+def _leaf_form(leaf: Any) -> tuple:
+    return (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
 class _Capture:
@@ -240,14 +270,15 @@ class _Capture:
         """The result without a graph."""
         if self._forward is None:
             self._record_forward(torch.no_grad())
-        _load(self._arguments.tensors(), arguments.tensors())
+        _copy(arguments.tensors(), self._arguments.tensors())
         self.pool.pending.clear()
         return self.copied(self._forward.replay())
 
     def copied(self, result: Tree) -> Tree:
-        flags = self.needs_grad or [False] * len(result.tensors())
-        copies = [t.detach().clone() for t in result.tensors()]
-        return result.replace([c.requires_grad_(flag) for c, flag in zip(copies, flags, strict=True)])
+        copies = _copies(result.tensors())
+        for copy, needs_grad in zip(copies, self.needs_grad, strict=False):
+            copy.requires_grad_(needs_grad)
+        return result.replace(copies)
 
     def call(self, arguments: Tree) -> Tree:
         modules = self.surroundings.modules
@@ -322,7 +353,7 @@ class _Capture:
                 grads = [torch.zeros_like(t) if t.requires_grad else None for t in result.tensors()]
                 trial.pull(record, arguments.cut(), grads, totals)
         self.leaves, self.bytes = trial.parameters, trial.bytes_each
-        self.store.totals.reserve([leaf for leaf in self.leaves if totals.of(leaf) is not None])
+        self.store.totals_of(self.name).reserve([leaf for leaf in self.leaves if totals.of(leaf) is not None])
 
 
 class _Pair:
@@ -336,20 +367,22 @@ class _Pair:
         self.backward: Recording[Grads] | None = None
 
     def run(self, arguments: Tree) -> Tree:
-        _load(self.arguments.tensors(), arguments.tensors())
+        """The result, where the next run will write its own."""
+        _copy(arguments.tensors(), self.arguments.tensors())
         self.capture.pool.runs(self)
-        return self.capture.copied(self.forward.replay())
+        return self.forward.replay()
 
     def pull(self, grads: Sequence[Tensor | float | None]) -> Grads:
         """Gradients of the results to those of the arguments; the parameters' are added up in the store."""
-        for static, grad in zip(self.grads, grads, strict=True):
-            if static is None:
-                continue
-            if isinstance(grad, Tensor):
-                static.copy_(grad)
-            else:
+        given = [(grad, static) for grad, static in zip(grads, self.grads, strict=True) if static is not None]
+        for grad, static in given:
+            if not isinstance(grad, Tensor):
                 static.fill_(grad or 0.0)
-        return [None if g is None else g.clone() for g in self.backward.replay()]
+        tensors = [pair for pair in given if isinstance(pair[0], Tensor)]
+        _copy([grad for grad, _ in tensors], [static for _, static in tensors])
+        found = self.backward.replay()
+        copies = iter(_copies([g for g in found if g is not None]))
+        return [None if g is None else next(copies) for g in found]
 
     def record_forward(self) -> None:
         def body() -> Tree:
@@ -370,7 +403,7 @@ class _Pair:
         wanted = [i for i, leaf in enumerate(self.leaves) if leaf.requires_grad]
 
         def body() -> Grads:
-            with capture.store.totals.taking(capture.leaves):
+            with capture.store.totals_of(capture.name).taking(capture.leaves):
                 grads = torch.autograd.grad(
                     [self.made[i] for i in roots],
                     [*(self.leaves[i] for i in wanted), *capture.leaves],
@@ -389,7 +422,14 @@ def _static(arguments: Tree) -> Tree:
     return arguments.replace([as_leaf(t.clone(), t.requires_grad) for t in arguments.tensors()])
 
 
-def _load(static: list[Tensor], given: list[Tensor]) -> None:
-    with torch.no_grad():
-        for to, source in zip(static, given, strict=True):
-            to.copy_(source)
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(t) for t in tensors]
+    _copy(tensors, copies)
+    return copies
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copies all in one launch."""
+    if targets:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)

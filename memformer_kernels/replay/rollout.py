@@ -10,6 +10,7 @@ goes through the calls from the last to the first with a table of the values' gr
 again, its part knows: `python_part` in Python, `captured` from CUDA graphs.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from memformer_kernels.replay.surroundings import Surroundings, versions_of
-from memformer_kernels.replay.totals import Totals
+from memformer_kernels.replay.totals import Totals, gradients
 from memformer_kernels.replay.tree import Tree, as_leaf
 
 Grads = list[Tensor | None]
@@ -119,8 +120,9 @@ class Tape:
 
     def close(self) -> list[Tensor]:
         """The forward is over: returns the values that the backward needs, in order of their numbers."""
-        self.early.settle()
-        self.parameters = list({id(p): p for call in self.calls for p in call.part.parameters}.values())
+        parts = {id(call.part): call.part for call in self.calls}.values()
+        self.parameters = list({id(p): p for part in parts for p in part.parameters}.values())
+        self.early.settle(self.parameters)
         for parameter in self.parameters:
             self.versions.setdefault(parameter, parameter._version)
         kept = {n for call in self.calls if call.early is None for n in call.reads}
@@ -245,8 +247,8 @@ class _Replay(torch.autograd.Function):
         values = [None if needs_grad is None else as_leaf(next(saved), needs_grad) for needs_grad in tape.values]
         table = _Table(zip(ctx.makes, grads, strict=True))
         with ctx.surroundings.random.kept():
-            totals = _go_back(tape, values, table)
-        return *[None] * 6, *map(table.take, ctx.reads), *map(totals.of, tape.parameters)
+            grads = _go_back(tape, values, table)
+        return *[None] * 6, *map(table.take, ctx.reads), *grads
 
 
 class _Table:
@@ -265,9 +267,9 @@ class _Table:
         return self._grads.pop(number, None)
 
 
-def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> Totals:
-    """Calls last to first; sums of the parameters' gradients, which nobody sees before the end."""
-    totals = Totals()
+def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> Grads:
+    """Calls last to first; the parameters' gradients, which nobody sees before the end."""
+    totals: dict[int, Totals] = defaultdict(Totals)  # of each part
     of_loss = None if tape.loss is None else table.take(tape.loss)
     for call in reversed(tape.calls):
         if call.early is not None:
@@ -278,8 +280,7 @@ def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> Totals:
         grads = [table.take(n) for n in call.makes]
         if any(g is not None for g in grads):
             arguments = call.arguments.replace([as_leaf(values[n], values[n].requires_grad) for n in call.reads])
-            table.add(zip(call.reads, call.part.pull(call.record, arguments, grads, totals), strict=True))
-    totals.settle()
-    if of_loss is not None:
-        totals.add_scaled(tape.early, of_loss)
-    return totals
+            found = call.part.pull(call.record, arguments, grads, totals[id(call.part)])
+            table.add(zip(call.reads, found, strict=True))
+    early = [] if of_loss is None else [tape.early.scaled(of_loss)]
+    return gradients([*totals.values(), *early], tape.parameters)

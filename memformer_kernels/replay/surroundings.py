@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from memformer_kernels.replay.tree import attributes_of
 
@@ -106,11 +107,15 @@ class ModuleState:
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
-        self.owners = list({id(owner): owner for module in modules for owner in module.modules()}.values())
+        self.owners = _with_children(modules)
         self.places = [
             (m, name) for m in self.owners for name, b in m._buffers.items() if b is not None and not b.requires_grad
         ]
         self._recorded: tuple[list[Tensor], list[int], list[Tensor]] = ([], [], [])
+
+    def parameters(self) -> list[Tensor]:
+        found = (p for owner in self.owners for p in owner._parameters.values() if p is not None and not is_lazy(p))
+        return list({id(p): p for p in found}.values())
 
     def buffers(self) -> list[Tensor]:
         return [module._buffers[name] for module, name in self.places]
@@ -213,6 +218,18 @@ def modules_of(cell: Any) -> list[nn.Module]:
             follow = () if inspect.ismodule(thing) else _FOLLOWED
             pending += [v for n, v in attributes_of(thing).items() if n in names or isinstance(v, follow)]
             pending += [f for n in names if inspect.isfunction(f := getattr(type(thing), n, None))]
+    return list(found.values())
+
+
+def _with_children(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Each once. `nn.Module.modules()` does the same, and makes up names on its way."""
+    found: dict[int, nn.Module] = {}
+    pending = list(modules)
+    while pending:
+        module = pending.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            pending += [child for child in module._modules.values() if child is not None]
     return list(found.values())
 
 

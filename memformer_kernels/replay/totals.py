@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from memformer_kernels.gradient_sink import GradientSink, open_sink
+from memformer_kernels.gradient_sink import Gradients, GradientSink, Make, open_sink
 
 
 class Totals:
-    """A sum for each parameter: in float32 at least, in the order the gradients come."""
+    """A sum for each parameter of a part: in float32 at least, in the order the gradients come."""
 
     def __init__(self):
         self._sums: dict[Tensor, Tensor] = {}
         self._owned: set[Tensor] = set()
-        self._static: dict[StaticTotals, Callable[[Tensor], Tensor]] = {}
+        self._static: tuple[StaticTotals, Callable[[Tensor], Tensor]] | None = None
 
     @contextlib.contextmanager
     def taking(self, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -28,34 +28,38 @@ class Totals:
     def takes(self, parameter: Tensor) -> bool:
         return True
 
-    def add(self, parameter: Tensor, make: Callable[[], Tensor], reads: tuple[Tensor, ...]) -> None:
+    def add(self, parameters: Sequence[Tensor | None], make: Make, reads: tuple[Tensor, ...]) -> Gradients:
         """As a sink for what is delivered inside `taking`."""
-        self._add(parameter, wide(make()))
+        return make([self._total(p) if p is not None and p.requires_grad else None for p in parameters])
 
-    def taking_static(self, buffers: "StaticTotals", original: Callable[[Tensor], Tensor]) -> None:
-        """From here to `settle` the sums of `buffers`, from zero on, belong to these: to `original(leaf)` of each."""
-        if buffers not in self._static:
+    def taking_static(self, buffers: "StaticTotals", leaf_of: Callable[[Tensor], Tensor]) -> None:
+        """From here on these are the sums of `buffers`, from zero on: those of `leaf_of(parameter)`."""
+        if self._static is None:
             buffers.zero()
-            self._static[buffers] = original
+            self._static = buffers, leaf_of
 
-    def settle(self) -> None:
-        """Takes over what static buffers hold; they are free for the next rollout."""
-        for buffers, original in self._static.items():
-            for leaf, total in buffers.sums().items():
-                self._add(original(leaf), total.clone())
-                self._owned.add(original(leaf))
-        self._static.clear()
+    def settle(self, parameters: Sequence[Tensor]) -> None:
+        """Copies what static buffers hold of `parameters`; they are free for the next rollout."""
+        if self._static is not None:
+            self._sums = {p: total.clone() for p in parameters if (total := self.of(p)) is not None}
+            self._owned, self._static = set(self._sums), None
+
+    @property
+    def is_static(self) -> bool:
+        return self._static is not None
 
     def of(self, parameter: Tensor) -> Tensor | None:
-        """The sum in the parameter's dtype, or None where no gradient came."""
-        total = self._sums.get(parameter)
-        return None if total is None else total.to(parameter.dtype)
+        """The sum, or None where no gradient came."""
+        if self._static is None:
+            return self._sums.get(parameter)
+        buffers, leaf_of = self._static
+        return buffers.of(leaf_of(parameter))
 
-    def add_scaled(self, other: "Totals", factor: Tensor) -> None:
-        """Adds the sums of `other`, each times a scalar tensor."""
-        for parameter, total in other._sums.items():
-            self._add(parameter, total * factor.to(total.dtype))
-            self._owned.add(parameter)
+    def scaled(self, factor: Tensor) -> "Totals":
+        """The sums times a scalar tensor."""
+        result = Totals()
+        result._sums = {p: total * factor.to(total.dtype) for p, total in self._sums.items()}
+        return result
 
     def _take(self, parameter: Tensor, grad: Tensor | None) -> Tensor | None:
         if grad is None:
@@ -63,15 +67,38 @@ class Totals:
         self._add(parameter, wide(grad))
         return nothing_like(grad)
 
+    def _total(self, parameter: Tensor) -> Tensor:
+        """The sum so far, to be added to."""
+        if parameter not in self._sums:
+            self._sums[parameter] = torch.zeros_like(wide(parameter.detach()))
+        elif parameter not in self._owned:
+            self._sums[parameter] = self._sums[parameter].clone()
+        self._owned.add(parameter)
+        return self._sums[parameter]
+
     def _add(self, parameter: Tensor, grad: Tensor) -> None:
-        total = self._sums.get(parameter)
-        if total is None:
-            self._sums[parameter] = grad  # which autograd may own: copied by the first addition
-        elif parameter in self._owned:
-            total += grad
+        if parameter not in self._sums:
+            self._sums[parameter] = grad  # which autograd may own
         else:
-            self._sums[parameter] = total + grad
-            self._owned.add(parameter)
+            self._total(parameter).add_(grad)
+
+
+def gradients(parts: Sequence[Totals], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The sums over all parts in the parameters' dtypes, None where no gradient came."""
+    grads: list[Tensor | None] = []
+    targets, sources = [], []
+    for parameter in parameters:
+        terms = [(part, total) for part in parts if (total := part.of(parameter)) is not None]
+        if len(terms) == 1 and terms[0][0].is_static:  # a copy, all of them in one launch
+            targets.append(torch.empty_like(parameter))
+            sources.append(terms[0][1])
+            grads.append(targets[-1])
+        else:
+            total = functools.reduce(torch.add, [total for _, total in terms]) if terms else None
+            grads.append(None if total is None else total.to(parameter.dtype))
+    if targets:
+        torch._foreach_copy_(targets, sources)
+    return grads
 
 
 class StaticTotals:
@@ -97,9 +124,9 @@ class StaticTotals:
         if self._sink.buffers:
             torch._foreach_zero_(list(self._sink.buffers.values()))
 
-    def sums(self) -> dict[Tensor, Tensor]:
-        """Of the parameters that a recording had a gradient of."""
-        return self._sink.buffers
+    def of(self, leaf: Tensor) -> Tensor | None:
+        """The sum, where there is a buffer for one."""
+        return self._sink.buffers.get(leaf)
 
     def _take(self, parameter: Tensor, grad: Tensor | None) -> Tensor | None:
         if grad is None:

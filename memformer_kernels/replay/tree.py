@@ -44,6 +44,8 @@ class Tree:
 
 def as_leaf(tensor: Tensor, needs_grad: bool) -> Tensor:
     """The tensor without its graph."""
+    if not (needs_grad or tensor.requires_grad):
+        return tensor  # which has none
     return tensor.detach().requires_grad_(needs_grad)
 
 

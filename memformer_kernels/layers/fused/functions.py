@@ -106,27 +106,54 @@ def _residual_norm_backward(ctx, saved, grad_total: Grad, grad: Grad, again: boo
     total, mean, inv_std = saved
     of_norm, normalised, grad_x = (None, None), None, grad_total
     if grad is not None:
-        parameters = ctx.norm_weight, ctx.norm_bias
+        weight, bias = ctx.norm_weight, ctx.norm_bias
         grad_total = None if grad_total is None else grad_total.contiguous()
         grad_x, normalised, partial = kernels.residual_norm_backward(
-            grad.contiguous(), grad_total, total, mean, inv_std, *parameters, again
+            grad.contiguous(), grad_total, total, mean, inv_std, weight, bias, again
         )
-        of_norm = tuple(
-            deliver(p, lambda i=i: partial[:, i].sum(0), partial) if p is not None and p.requires_grad else None
-            for i, p in enumerate(parameters)
-        )
+        of_norm = _of_norm(weight, bias, partial)
     of_x, of_branch = ctx.dtypes
     if grad_x is None:
         return (None, None, *of_norm), normalised
     return (grad_x.to(of_x), None if of_branch is None else grad_x.to(of_branch), *of_norm), normalised
 
 
+def _of_norm(weight: Tensor, bias: Grad, partial: Tensor) -> tuple[Grad, Grad]:
+    """Gradients of a normalisation's weight and bias, of [parts, 2, C]."""
+    wanted = _wanted(weight), _wanted(bias)
+
+    def make(totals: list[Grad]) -> tuple[Grad, ...]:
+        sums = kernels.column_sums(partial, *totals)
+        return tuple(grad if want else None for grad, want in zip(sums, wanted, strict=True))
+
+    return deliver((weight, bias), make, partial) if any(wanted) else (None, None)
+
+
 def _of_parameters(ctx, grad: Tensor, x: Tensor) -> tuple[Grad, Grad]:
     """Gradients of a matrix product's weight and bias."""
     weight, bias = ctx.weight, ctx.bias
-    of_weight = of_bias = None
-    if weight.requires_grad:
-        of_weight = deliver(weight, lambda: grad.t() @ x, grad, x)
-    if bias is not None and bias.requires_grad:
-        of_bias = deliver(bias, lambda: grad.sum(0, dtype=torch.float32), grad)
-    return of_weight, of_bias
+    if not (_wanted(weight) or _wanted(bias)):
+        return None, None
+
+    def make(totals: list[Grad]) -> tuple[Grad, Grad]:
+        of_weight = _product(grad, x, totals[0]) if _wanted(weight) else None
+        return of_weight, kernels.column_sums(grad[:, None], totals[1])[0] if _wanted(bias) else None
+
+    return deliver((weight, bias), make, grad, x)
+
+
+def _wanted(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
+def _product(grad: Tensor, x: Tensor, total: Grad) -> Grad:
+    """grad' x; with a total it is added to that, in the product's own float32 sums where PyTorch can."""
+    if total is None:
+        return grad.t() @ x
+    if grad.dtype == total.dtype:
+        total.addmm_(grad.t(), x)
+    elif grad.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.ops.aten.addmm.dtype_out(total, grad.t(), x, total.dtype, out=total)
+    else:
+        total += grad.t() @ x
+    return None

@@ -18,6 +18,8 @@ from memformer_kernels import launch
 MOST_CHANNELS = 8192  # of a row in registers
 MOST_PARTS = 256  # terms of the sum over programs: about two programs for each multiprocessor of a large GPU
 ELEMENTS = 4096  # of a program of the derivative of GELU
+MOST_ROWS = 4096  # that one program adds up
+SUMS = {"BLOCK": 32, "ROWS": 256, "num_warps": 8}  # tile of a program that adds up rows
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -112,7 +114,7 @@ def _residual_norm_backward_kernel(
     tl.store(partial + places + C, tl.sum(grad_bias, 0), mask=channels < C)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _gelu_backward_kernel(
     grad,  # [size]
     hidden,  # [size]
@@ -132,17 +134,57 @@ def _gelu_backward_kernel(
         tl.store(activated + places, (h * below).to(activated.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows", "part"])
+def _column_sums_kernel(
+    x,  # [rows, WIDTH]
+    first,  # [parts, SPLIT] float32, sums of the columns before SPLIT
+    second,  # [parts, WIDTH - SPLIT] float32, of the others; None where there are none
+    row_stride,
+    rows,
+    part,  # rows of a program
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    number = (tl.program_id(0) // blocks).to(tl.int64)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    last = tl.minimum(number.to(tl.int32) * part + part, rows)
+    for start in range(number.to(tl.int32) * part, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < last)[:, None] & (column < WIDTH)[None, :]
+        places = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+        total += tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    sums = tl.sum(total, 0)
+    first += number * SPLIT + column
+    before = column < SPLIT
+    if ADD:
+        tl.store(first, tl.load(first, mask=before, other=0.0) + sums, mask=before)
+    else:
+        tl.store(first, sums, mask=before)
+    if second is not None:
+        second += number * (WIDTH - SPLIT) + column - SPLIT
+        after = (column >= SPLIT) & (column < WIDTH)
+        if ADD:
+            tl.store(second, tl.load(second, mask=after, other=0.0) + sums, mask=after)
+        else:
+            tl.store(second, sums, mask=after)
+
+
 def unsupported_reason(x: Tensor) -> str | None:
     if x.shape[-1] > MOST_CHANNELS:
         return f"x must have at most {MOST_CHANNELS} channels, got {x.shape[-1]}"
     return launch.unsupported_reason(x=x)
 
 
-def _tile(width: int) -> dict[str, int]:
+def _tile(width: int, elements: int = 1024) -> dict[str, int]:
     """Eight elements, 16 bytes of a 16-bit row, a thread. Not a function of the rows: a row has the same bits in any
     batch."""
     block = triton.next_power_of_2(width)
-    rows = max(1, 1024 // block)
+    rows = max(1, elements // block)
     return {"BLOCK_C": block, "ROWS": rows, "num_warps": max(1, min(16, block * rows // 256))}
 
 
@@ -170,7 +212,7 @@ def residual_norm_forward(
 
 @launch.planned
 def _backward_plan(rows, width, dtypes, device) -> tuple[int, launch.Launcher]:
-    tile = _tile(width)
+    tile = _tile(width, elements=2048)
     part = -(-rows // MOST_PARTS)
     part = -(-part // tile["ROWS"]) * tile["ROWS"]
     parts = -(-rows // part)
@@ -215,3 +257,30 @@ def gelu_backward(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Te
         dtypes = grad.dtype, hidden.dtype, again
         _gelu_plan(hidden.numel(), dtypes, hidden.device)(grad, hidden, grad_hidden, activated)
     return grad_hidden, activated
+
+
+@launch.planned
+def _column_sums_plan(rows, part, row_stride, width, split, add, kinds, device) -> launch.Launcher:
+    programs = -(-rows // part) * -(-width // SUMS["BLOCK"])
+    arguments = row_stride, rows, part
+    return launch.Launcher(_column_sums_kernel, programs, arguments, WIDTH=width, SPLIT=split, ADD=add, **SUMS)
+
+
+def column_sums(x: Tensor, *totals: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`x.sum(0)` of x [rows, n, C], n 1 or 2, as n float32 tensors [C], always added up in the same order. Where there
+    is a total [C] in float32, they are added to that, and None stands in their place."""
+    if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+        x = x.contiguous()
+    rows, count, width = x.shape
+    if rows > MOST_ROWS:  # for one program: in parts first
+        part = -(-rows // (MOST_PARTS * SUMS["ROWS"])) * SUMS["ROWS"]
+        partial = x.new_empty(-(-rows // part), count, width, dtype=torch.float32)
+        whole = count * width
+        _column_sums_plan(rows, part, x.stride(0), whole, whole, False, x.dtype, x.device)(x, partial, None)
+        x, rows = partial, partial.shape[0]
+    add = any(total is not None for total in totals)
+    sums = [x.new_zeros(width, dtype=torch.float32) if total is None else total for total in totals]
+    kinds = x.dtype, count
+    run = _column_sums_plan(rows, max(rows, 1), x.stride(0), count * width, width, add, kinds, x.device)
+    run(x, *sums, *[None] * (2 - count))
+    return tuple(new if total is None else None for new, total in zip(sums, totals, strict=True))
