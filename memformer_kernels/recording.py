@@ -1,7 +1,7 @@
 """A function recorded once as a CUDA graph, then replayed without its Python and its launches."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -22,10 +22,17 @@ class Recording(Generic[Result]):
         device: where its tensors lie.
         pool: memory that recordings share, from `torch.cuda.graph_pool_handle()`. What one of them leaves in it,
             another may overwrite, but for tensors that are still referred to while the other is recorded.
+        generators: states that `body` draws from besides the default generator's.
     """
 
     def __init__(
-        self, body: Callable[[], Result], device: torch.device, *, pool: tuple | None = None, warm_ups: int = 2
+        self,
+        body: Callable[[], Result],
+        device: torch.device,
+        *,
+        pool: tuple | None = None,
+        warm_ups: int = 2,
+        generators: Sequence[torch.Generator] = (),
     ):
         self._body, self._graph = body, None
         if device.type != "cuda":
@@ -35,6 +42,8 @@ class Recording(Generic[Result]):
                 for _ in range(warm_ups):
                     body()
             graph = torch.cuda.CUDAGraph()
+            for generator in generators:
+                graph.register_generator_state(generator)
             with _put_right_if_it_fails(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._result = body()
         self._body, self._graph = None, graph  # the graph holds what it needs, but not what the closure holds

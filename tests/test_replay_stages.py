@@ -9,7 +9,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig
-from memformer_kernels.replay import CapturedCell, StagedCell, memory_replay
+from memformer_kernels.replay import CapturedCell, StagedCell, captured, memory_replay
 
 F64 = torch.float64
 SIZES = dict(vocabulary=11, width=8, heads=2, hidden=16, slots=3, segment_length=5)
@@ -104,11 +104,11 @@ def test_dropout_masks_are_the_same_in_both_passes(make, way):
 def test_captured_rollouts_have_the_bits_of_uncaptured_ones(make):
     for dropout in (0.0, 0.2):
         model, segments = make(5, dropout, torch.float32)
-        captured = _captured(model.cell)
+        recorded = _captured(model.cell)
         for reduction in ("none", "sum"):
             expected = _gradients(model, model.cell, segments, reduction=reduction)
             for _ in range(2):
-                found = _gradients(model, captured, segments, reduction=reduction)
+                found = _gradients(model, recorded, segments, reduction=reduction)
                 assert found[0] == expected[0]
                 assert_equal(found[1], expected[1])
 
@@ -198,19 +198,41 @@ def test_rollouts_that_overlap_do_not_mix():
             model.zero_grad()
 
 
-def test_what_another_capture_overwrites_is_not_kept():
-    """The last segment is shorter: its capture shares the pool with that of the others, and may have run over it."""
-    model, segments = _language_model(5)
+def test_what_another_forward_overwrites_is_made_again(monkeypatch):
+    """All captures share one pool: what a forward left in it stands until the next forward, of whatever form."""
+    model, long = _language_model(5)
+    short = long[:2]
     cell = _captured(model.cell)
-    outputs, _ = memory_replay(cell, segments, model.initial_memory(2), activation_budget=10**9)
-    for pool in cell._store.pools.values():
-        assert len({pair.capture for pair in pool.pending}) <= 1
-    advance = cell._store.pools["advance"].pending
-    assert [pair.arguments.tensors()[0].shape[1] for pair in advance] == [3]
-    model, segments = _encoder_decoder(5)
-    cell = _captured(model.cell)
-    outputs, _ = memory_replay(cell, segments, model.initial_memory(2), activation_budget=10**9)
-    assert len(cell._store.pools["advance"].pending) == 5
+    forwards = []
+    run_again = captured._Capture.run_again
+    monkeypatch.setattr(captured._Capture, "run_again", lambda c, *a: forwards.append(c) or run_again(c, *a))
+
+    def loss(segments):
+        return memory_replay(cell, segments, model.initial_memory(2), reduction="mean")[0]
+
+    loss(long).backward()
+    assert len(forwards) == 1  # left for its backward
+    first, second = loss(long), loss(short)
+    forwards.clear()
+    second.backward()
+    assert not forwards
+    first.backward()
+    assert len(forwards) == 1 and forwards[0] is cell._store.captures[0]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@every_model
+def test_a_long_rollout_in_several_graphs(make, reduction):
+    model, segments = make(5)
+    cell = CapturedCell(model.cell, segments_per_graph=2, always=True)
+    expected = _gradients(model, _plain(model), segments, method="bptt", reduction=reduction)
+    for _ in range(2):
+        found = _gradients(model, cell, segments, reduction=reduction)
+        assert found[0] == pytest.approx(expected[0], rel=1e-12)
+        assert_close(found[1], expected[1], 1e-12)
+    with torch.no_grad():
+        outputs, memory = memory_replay(cell, segments, model.initial_memory(2), reduction=reduction)
+    assert memory.shape == (2, 3, 8) and (reduction == "mean" or len(outputs) == 5)
 
 
 def test_captures_follow_training_replaced_parameters_and_forms():
@@ -298,10 +320,10 @@ def test_a_cell_that_cannot_be_captured_runs_in_python_and_says_why():
     torch.stack(outputs).sum().backward()
     expected, norm.weight.grad = norm.weight.grad, None
     norm.reset_running_stats()
-    captured = CapturedCell(cell)
-    captured._even_on_a_cpu = True
+    recorded = CapturedCell(cell)
+    recorded._even_on_a_cpu = True
     with pytest.warns(UserWarning, match="runs in Python, not as CUDA graphs: it changes a buffer of a module"):
-        outputs, _ = memory_replay(captured, segments, torch.zeros(4, 6))
+        outputs, _ = memory_replay(recorded, segments, torch.zeros(4, 6))
     torch.stack(outputs).sum().backward()
     assert torch.equal(norm.weight.grad, expected)
     assert norm.num_batches_tracked == 3

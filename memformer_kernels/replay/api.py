@@ -1,5 +1,6 @@
 """`memory_replay`: a rollout of a cell over segments, by one of three methods with the same gradients."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,11 +8,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from memformer_kernels import checks
-from memformer_kernels.replay.budget import Keeper, budget_in_bytes
+from memformer_kernels.replay.budget import budget_in_bytes
 from memformer_kernels.replay.captured import CapturedCell, NotCapturable
-from memformer_kernels.replay.python_part import PythonPart
-from memformer_kernels.replay.rollout import NoTape, Parts, differentiable, run_parts, weighed_sum
-from memformer_kernels.replay.stages import StagedCell, functions_of
+from memformer_kernels.replay.python_part import python_parts
+from memformer_kernels.replay.rollout import NoTape, Parts, Passes, differentiable, run_parts, weighed_sum
+from memformer_kernels.replay.stages import StagedCell
 from memformer_kernels.replay.surroundings import (
     Autocast,
     ModuleState,
@@ -147,29 +148,31 @@ def _replay(
     devices = sorted({t.device for t in (*inputs, *parameters)}, key=str)
     surroundings = Surroundings(RandomState(devices, random_sources), Autocast.now(devices), modules)
     budget = budget_in_bytes(activation_budget, next((d for d in devices if d.type == "cuda"), None))
-
-    staged = isinstance(cell, StagedCell)
     # a gradient scaler's factor arrives with the backward, too late for a gradient in float16 that is made before
-    early = weight is not None and staged and cell.readout is not None and not surroundings.autocast.to(torch.float16)
+    readout = isinstance(cell, StagedCell) and cell.readout is not None
+    early = weight if readout and torch.is_grad_enabled() and not surroundings.autocast.to(torch.float16) else None
     versions = dict(zip(parameters, versions_of(parameters), strict=True))
 
-    def rollout(parts: Parts) -> tuple[Any, Any]:
+    def rollout(parts: Parts, segments: list, weight: float | None) -> tuple[Any, Any]:
         if torch.is_grad_enabled():
-            options = dict(budget=budget, weight=weight if early else None)
-            outputs, final = differentiable(parts, surroundings, versions, segments, state, **options)
-            return outputs if early else _reduced(outputs, weight), final
+            return differentiable(Passes(parts, surroundings, budget, weight), versions, segments, state)
         with surroundings.kept_if_raises():
-            outputs, final = run_parts(NoTape(), parts, segments, state, budget=budget)
-        return _reduced(outputs, weight), final
+            return run_parts(NoTape(), parts, segments, state, budget=budget)
 
-    if captured is not None and (parts := captured.parts(surroundings, parameters, inputs, budget)) is not None:
+    if captured is not None and captured.takes(devices):
+        options = dict(budget=budget, asked=activation_budget, weight=early)
+        part = captured.part(surroundings, parameters, devices[0], **options)
         try:
-            return rollout(parts)
+            chunks, final = rollout(Parts(part), captured.chunks(segments), None)
         except NotCapturable as error:
             captured.give_up(error)
-    keeper = Keeper(budget, count=staged)
-    functions = functions_of(cell)
-    return rollout(Parts(**{n: PythonPart(f, surroundings, keeper, strict=strict) for n, f in functions.items()}))
+        else:
+            if early is not None:
+                return functools.reduce(torch.add, chunks), final
+            return _reduced([output for chunk in chunks for output in chunk], weight), final
+    parts = python_parts(cell, surroundings, budget, strict=strict)
+    outputs, final = rollout(parts, segments, early)
+    return outputs if early is not None else _reduced(outputs, weight), final
 
 
 def _reduced(outputs: list[Any], weight: float | None) -> Any:

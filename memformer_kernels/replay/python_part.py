@@ -14,11 +14,11 @@ from torch import Tensor
 
 from memformer_kernels.replay.budget import Keeper, groups_of
 from memformer_kernels.replay.graph import graph_mark, leaves_of
+from memformer_kernels.replay.rollout import Grads, Parts
+from memformer_kernels.replay.stages import StagedCell, functions_of
 from memformer_kernels.replay.surroundings import Surroundings, same_bits, versions_of
 from memformer_kernels.replay.totals import Totals
 from memformer_kernels.replay.tree import Tree
-
-Grads = list[Tensor | None]
 
 
 @dataclass
@@ -133,3 +133,9 @@ class PythonPart:
                 f"that the forward did not"
             )
         return made
+
+
+def python_parts(cell: Callable, surroundings: Surroundings, budget: int | None, *, strict: bool = False) -> Parts:
+    keeper = Keeper(budget, count=isinstance(cell, StagedCell))
+    parts = {n: PythonPart(f, surroundings, keeper, strict=strict) for n, f in functions_of(cell).items()}
+    return Parts(**parts)

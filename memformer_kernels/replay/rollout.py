@@ -118,17 +118,15 @@ class Tape:
         self.loss = self._numbers[id(loss)]
         return loss
 
-    def close(self) -> list[Tensor]:
-        """The forward is over: returns the values that the backward needs, in order of their numbers."""
+    def close(self) -> None:
+        """The forward is over: keeps the values that the backward needs."""
         parts = {id(call.part): call.part for call in self.calls}.values()
         self.parameters = list({id(p): p for part in parts for p in part.parameters}.values())
-        self.early.settle(self.parameters)
         for parameter in self.parameters:
             self.versions.setdefault(parameter, parameter._version)
-        kept = {n for call in self.calls if call.early is None for n in call.reads}
-        self.values = [value if n in kept else None for n, value in enumerate(self.values)]
+        needed = {n for call in self.calls if call.early is None for n in call.reads}
+        self.values = [value if n in needed else None for n, value in enumerate(self.values)]
         self._numbers.clear()
-        return [value for value in self.values if value is not None]
 
 
 class NoTape:
@@ -186,46 +184,60 @@ def weighed_sum(outputs: list[Any], weight: float) -> Tensor:
     return torch.stack(outputs).sum() * weight
 
 
-def differentiable(
-    parts: Parts,
-    surroundings: Surroundings,
-    versions: dict[Tensor, int],
-    segments: list[Any],
-    state: Any,
-    *,
-    budget: int | None,
-    weight: float | None,
-) -> tuple[Any, Any]:
-    """A rollout with gradients: outputs and last state; with `weight`, the outputs' sum times it in their place."""
-    tape = Tape(versions)
-    given = Tree.of((segments, state))
-    with surroundings.kept_if_raises():
+@dataclass
+class Passes:
+    """The two passes of one rollout with gradients. With `weight`, the outputs' sum times it is in their place."""
+
+    parts: Parts
+    surroundings: Surroundings
+    budget: int | None
+    weight: float | None
+
+    def forward(self, given: Tree, versions: dict[Tensor, int]) -> Tree:
+        """Of `(segments, state)`: outputs and last state, without a graph. `versions` are the parameters'."""
+        self.tape = tape = Tape(versions)
         admitted = tape.admit(given)
         tape.given = len(tape.values)
-        at_once = {} if weight is None else {"weight": weight}
-        outputs, final = run_parts(tape, parts, *admitted.whole(), budget=budget, **at_once)
-        if weight is not None:
-            outputs = tape.make_loss(weighed_sum(outputs, weight))
-    result = Tree.of((outputs, final))
-    reads, makes, kept = tape.numbers(admitted), tape.numbers(result), tape.close()
-    node = (tape, surroundings, reads, makes, result.tensors(), kept)
-    returned = _Replay.apply(*node, *given.tensors(), *tape.parameters)
+        at_once = {} if self.weight is None else {"weight": self.weight}
+        outputs, final = run_parts(tape, self.parts, *admitted.whole(), budget=self.budget, **at_once)
+        if self.weight is not None:
+            outputs = tape.make_loss(weighed_sum(outputs, self.weight))
+        result = Tree.of((outputs, final))
+        self.reads, self.makes = tape.numbers(admitted), tape.numbers(result)
+        tape.close()
+        return result
+
+    def backward(self, values: list[Tensor | None], grads: Iterable[Tensor | None]) -> tuple[Grads, list[Totals]]:
+        """From gradients of the result's tensors: those of the given tensors, and sums of the parameters'. `values` are
+        the tape's."""
+        table = _Table(zip(self.makes, grads, strict=True))
+        totals = _go_back(self.tape, values, table)
+        return [table.take(n) for n in self.reads], totals
+
+
+def differentiable(passes: Passes, versions: dict[Tensor, int], segments: list[Any], state: Any) -> tuple[Any, Any]:
+    """A rollout as one node of the autograd graph: outputs and last state."""
+    given = Tree.of((segments, state))
+    with passes.surroundings.kept_if_raises():
+        result = passes.forward(given, versions)
+    returned = _Replay.apply(passes, result.tensors(), *given.tensors(), *passes.tape.parameters)
     return result.replace(returned).whole()
 
 
 class _Replay(torch.autograd.Function):
-    """The node of one rollout. Inputs: tensors of the segments and of the state, parameters; outputs: those `made`."""
+    """The node of one rollout. Inputs: tensors of the segments and of the state, parameters; outputs: `tensors`."""
 
     @staticmethod
-    def forward(ctx, tape: Tape, surroundings, reads, makes, tensors: list[Tensor], kept: list[Tensor], *inputs):
+    def forward(ctx, passes: Passes, tensors: list[Tensor], *inputs):
         ctx.set_materialize_grads(False)
         returned = [t.detach() for t in tensors]
         ctx.mark_non_differentiable(*(r for r, t in zip(returned, tensors, strict=True) if not t.requires_grad))
         # through save_for_backward, so that PyTorch frees these after the backward, notices edits before it, and
         # offers them to its hooks. Not the parameters: their identity matters, and a hook may return a copy
-        ctx.save_for_backward(*kept)
-        tape.values = [None if value is None else value.requires_grad for value in tape.values]
-        ctx.tape, ctx.surroundings, ctx.reads, ctx.makes = tape, surroundings, reads, makes
+        values, passes.tape.values = passes.tape.values, []
+        ctx.save_for_backward(*(value for value in values if value is not None))
+        ctx.flags = [None if value is None else value.requires_grad for value in values]
+        ctx.passes = passes
         return tuple(returned)
 
     @staticmethod
@@ -235,20 +247,20 @@ class _Replay(torch.autograd.Function):
                 'memory_replay: a replayed rollout has no second derivative (create_graph=True); method="bptt" has'
             )
         rule = "memory_replay: parameters, segments and state must not change between forward and backward"
-        tape: Tape = ctx.tape
-        for parameter, version in zip(tape.parameters, versions_of(tape.parameters), strict=True):
-            if version != tape.versions[parameter] or not parameter.requires_grad:
+        passes: Passes = ctx.passes
+        parameters, versions = passes.tape.parameters, passes.tape.versions
+        for parameter, version in zip(parameters, versions_of(parameters), strict=True):
+            if version != versions[parameter] or not parameter.requires_grad:
                 change = "modified" if parameter.requires_grad else "frozen"
                 raise RuntimeError(f"{rule}, got a {change} parameter of shape {list(parameter.shape)}")
         try:
             saved = iter(ctx.saved_tensors)
         except RuntimeError as error:
             raise RuntimeError(f"{rule}, and backward runs once unless retain_graph=True: {error}") from error
-        values = [None if needs_grad is None else as_leaf(next(saved), needs_grad) for needs_grad in tape.values]
-        table = _Table(zip(ctx.makes, grads, strict=True))
-        with ctx.surroundings.random.kept():
-            grads = _go_back(tape, values, table)
-        return *[None] * 6, *map(table.take, ctx.reads), *grads
+        values = [None if needs_grad is None else as_leaf(next(saved), needs_grad) for needs_grad in ctx.flags]
+        with passes.surroundings.random.kept():
+            of_given, totals = passes.backward(values, grads)
+        return None, None, *of_given, *gradients(totals, parameters)
 
 
 class _Table:
@@ -267,8 +279,8 @@ class _Table:
         return self._grads.pop(number, None)
 
 
-def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> Grads:
-    """Calls last to first; the parameters' gradients, which nobody sees before the end."""
+def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> list[Totals]:
+    """Calls last to first; sums of the parameters' gradients, which nobody sees before the end."""
     totals: dict[int, Totals] = defaultdict(Totals)  # of each part
     of_loss = None if tape.loss is None else table.take(tape.loss)
     for call in reversed(tape.calls):
@@ -283,4 +295,4 @@ def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> Grads:
             found = call.part.pull(call.record, arguments, grads, totals[id(call.part)])
             table.add(zip(call.reads, found, strict=True))
     early = [] if of_loss is None else [tape.early.scaled(of_loss)]
-    return gradients([*totals.values(), *early], tape.parameters)
+    return [*totals.values(), *early]

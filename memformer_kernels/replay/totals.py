@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from memformer_kernels.gradient_sink import Gradients, GradientSink, Make, open_sink
+from memformer_kernels.gradient_sink import Gradients, Make, open_sink
 
 
 class Totals:
@@ -16,7 +16,7 @@ class Totals:
     def __init__(self):
         self._sums: dict[Tensor, Tensor] = {}
         self._owned: set[Tensor] = set()
-        self._static: tuple[StaticTotals, Callable[[Tensor], Tensor]] | None = None
+        self._lent: Mapping[Tensor, Tensor] = {}
 
     @contextlib.contextmanager
     def taking(self, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -28,32 +28,31 @@ class Totals:
     def takes(self, parameter: Tensor) -> bool:
         return True
 
-    def add(self, parameters: Sequence[Tensor | None], make: Make, reads: tuple[Tensor, ...]) -> Gradients:
+    def add(self, parameters: Sequence[Tensor | None], make: Make) -> Gradients:
         """As a sink for what is delivered inside `taking`."""
         return make([self._total(p) if p is not None and p.requires_grad else None for p in parameters])
 
-    def taking_static(self, buffers: "StaticTotals", leaf_of: Callable[[Tensor], Tensor]) -> None:
-        """From here on these are the sums of `buffers`, from zero on: those of `leaf_of(parameter)`."""
-        if self._static is None:
-            buffers.zero()
-            self._static = buffers, leaf_of
+    def lend(self, sums: Mapping[Tensor, Tensor]) -> None:
+        """Adds sums that somebody will overwrite after the next `own()`."""
+        if self._sums:
+            for parameter, total in sums.items():
+                self._total(parameter).add_(total)
+        else:
+            self._lent = sums
 
-    def settle(self, parameters: Sequence[Tensor]) -> None:
-        """Copies what static buffers hold of `parameters`; they are free for the next rollout."""
-        if self._static is not None:
-            self._sums = {p: total.clone() for p in parameters if (total := self.of(p)) is not None}
-            self._owned, self._static = set(self._sums), None
+    def own(self) -> None:
+        """Copies what was lent."""
+        if self._lent:
+            self._sums = {parameter: total.clone() for parameter, total in self._lent.items()}
+            self._owned, self._lent = set(self._sums), {}
 
     @property
-    def is_static(self) -> bool:
-        return self._static is not None
+    def lent(self) -> bool:
+        return bool(self._lent)
 
     def of(self, parameter: Tensor) -> Tensor | None:
         """The sum, or None where no gradient came."""
-        if self._static is None:
-            return self._sums.get(parameter)
-        buffers, leaf_of = self._static
-        return buffers.of(leaf_of(parameter))
+        return (self._lent or self._sums).get(parameter)
 
     def scaled(self, factor: Tensor) -> "Totals":
         """The sums times a scalar tensor."""
@@ -83,57 +82,24 @@ class Totals:
             self._total(parameter).add_(grad)
 
 
+def sums_of(parts: Sequence[Totals], parameters: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """The sums over all parts, of the parameters that a gradient came of."""
+    sums = {}
+    for parameter in parameters:
+        if terms := [total for part in parts if (total := part.of(parameter)) is not None]:
+            sums[parameter] = functools.reduce(torch.add, terms)
+    return sums
+
+
 def gradients(parts: Sequence[Totals], parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """The sums over all parts in the parameters' dtypes, None where no gradient came."""
-    grads: list[Tensor | None] = []
-    targets, sources = [], []
-    for parameter in parameters:
-        terms = [(part, total) for part in parts if (total := part.of(parameter)) is not None]
-        if len(terms) == 1 and terms[0][0].is_static:  # a copy, all of them in one launch
-            targets.append(torch.empty_like(parameter))
-            sources.append(terms[0][1])
-            grads.append(targets[-1])
-        else:
-            total = functools.reduce(torch.add, [total for _, total in terms]) if terms else None
-            grads.append(None if total is None else total.to(parameter.dtype))
-    if targets:
-        torch._foreach_copy_(targets, sources)
-    return grads
-
-
-class StaticTotals:
-    """Sums in buffers that stay where they are, for recordings to add to."""
-
-    def __init__(self, device: torch.device):
-        self._sink = GradientSink(device)
-
-    @contextlib.contextmanager
-    def taking(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """As `Totals.taking`, and what is delivered to a sink comes here too."""
-        with hooks_replaced(parameters, [functools.partial(self._take, p) for p in parameters]), open_sink(self._sink):
-            yield
-            self._sink.join()
-
-    def reserve(self, parameters: Sequence[Tensor]) -> None:
-        """Buffers of parameters that there will be gradients of."""
-        for parameter in parameters:
-            if parameter not in self._sink.buffers:
-                self._sink.buffers[parameter] = torch.zeros_like(wide(parameter.detach()))
-
-    def zero(self) -> None:
-        if self._sink.buffers:
-            torch._foreach_zero_(list(self._sink.buffers.values()))
-
-    def of(self, leaf: Tensor) -> Tensor | None:
-        """The sum, where there is a buffer for one."""
-        return self._sink.buffers.get(leaf)
-
-    def _take(self, parameter: Tensor, grad: Tensor | None) -> Tensor | None:
-        if grad is None:
-            return None
-        self._sink.join()  # sums are added up in one order
-        self._sink.buffers[parameter] += grad
-        return nothing_like(grad)
+    sums = sums_of(parts, parameters)
+    if any(part.lent for part in parts):  # copies, in one launch
+        copies = {parameter: torch.empty_like(parameter) for parameter in sums}
+        if copies:
+            torch._foreach_copy_(list(copies.values()), list(sums.values()))
+        return [copies.get(parameter) for parameter in parameters]
+    return [sums[p].to(p.dtype) if p in sums else None for p in parameters]
 
 
 def wide(tensor: Tensor) -> Tensor:

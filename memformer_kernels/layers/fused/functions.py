@@ -126,7 +126,7 @@ def _of_norm(weight: Tensor, bias: Grad, partial: Tensor) -> tuple[Grad, Grad]:
         sums = kernels.column_sums(partial, *totals)
         return tuple(grad if want else None for grad, want in zip(sums, wanted, strict=True))
 
-    return deliver((weight, bias), make, partial) if any(wanted) else (None, None)
+    return deliver((weight, bias), make) if any(wanted) else (None, None)
 
 
 def _of_parameters(ctx, grad: Tensor, x: Tensor) -> tuple[Grad, Grad]:
@@ -139,7 +139,7 @@ def _of_parameters(ctx, grad: Tensor, x: Tensor) -> tuple[Grad, Grad]:
         of_weight = _product(grad, x, totals[0]) if _wanted(weight) else None
         return of_weight, kernels.column_sums(grad[:, None], totals[1])[0] if _wanted(bias) else None
 
-    return deliver((weight, bias), make, grad, x)
+    return deliver((weight, bias), make)
 
 
 def _wanted(parameter: Tensor | None) -> bool:
