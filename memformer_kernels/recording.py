@@ -1,6 +1,7 @@
 """A function recorded once as a CUDA graph, then replayed without its Python and its launches."""
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -44,7 +45,8 @@ class Recording(Generic[Result]):
             graph = torch.cuda.CUDAGraph()
             for generator in generators:
                 graph.register_generator_state(generator)
-            with _put_right_if_it_fails(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            recording = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+            with _put_right_if_it_fails(), _no_garbage_collection(), recording:
                 self._result = body()
         self._body, self._graph = None, graph  # the graph holds what it needs, but not what the closure holds
 
@@ -53,6 +55,19 @@ class Recording(Generic[Result]):
             return self._body()
         self._graph.replay()
         return self._result
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A graph that is destroyed meanwhile ends the capture with an error."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memformer_kernels import launch, tiles
+from memformer_kernels.layers.fused import segment_attention
 from memformer_kernels.layers.fused import triton as fused
 from memformer_kernels.ops.memory_forget import triton as forget
 from memformer_kernels.ops.memory_read import triton as read
@@ -128,7 +129,14 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
 
     rows, weight = memory.flatten(0, 1), torch.empty(H * D, dtype=dtype)
     of_rows = torch.empty(B * M)
-    return {
+    segment, projected = min(L, 128), torch.empty(B * min(L, 128), 3 * H * D, dtype=dtype)
+    pieces = {
+        "self-attention forward": lambda: segment_attention.forward(projected, segment, H, True),
+        "self-attention backward": lambda: segment_attention.backward(
+            projected[:, : H * D].contiguous(), projected, segment, H, True
+        ),
+    }
+    return (pieces if segment_attention.fits(segment, D, dtype) else {}) | {
         "residual_norm forward": lambda: fused.residual_norm_forward(rows, rows, weight, weight, 1e-5, dtype, True),
         "residual_norm backward": lambda: fused.residual_norm_backward(
             rows, rows, rows, of_rows, of_rows, weight, weight, True

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from memformer_kernels import launch
 from memformer_kernels.gradient_sink import open_sink
 from memformer_kernels.layers import fused
 
 pytest.importorskip("triton")
 functions = fused.functions
 
-SHAPES = [(1, 1), (3, 5), (17, 24), (300, 64), (5, 1100)]
+SHAPES = [(1, 1), (3, 5), (17, 24), (70, 64), (5, 1100)]
 F32, F16 = torch.float32, torch.float16
 TOLERANCE = {F32: 4e-6, F16: 4e-3}
 
@@ -65,6 +66,13 @@ def test_residual_norm_linear(shape, branched, keep, dtype):
     _assert_close(_gradients(outputs, inputs), _gradients(expected, inputs64), dtype)
 
 
+def test_many_rows_share_a_program(monkeypatch):
+    monkeypatch.setattr(functions.kernels, "MOST_PARTS", 8)
+    launch.forget_plans()
+    test_residual_norm((70, 24), F32)
+    launch.forget_plans()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_residual_norm(shape, dtype):
     norm, _ = _pieces(shape[1], dtype)
@@ -110,6 +118,29 @@ def test_gelu_linear(shape, keep, dtype):
     _assert_close(outputs, expected, dtype)
     found = _gradients(outputs, (hidden, f.weight, f.bias))
     _assert_close(found, _gradients(expected, (hidden64, *p64)), dtype)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "whole"])
+@pytest.mark.parametrize("length, heads, width", [(1, 1, 4), (5, 3, 24), (16, 2, 16), (33, 2, 64), (128, 1, 40)])
+def test_self_attention_of_a_segment(length, heads, width, causal):
+    torch.manual_seed(length)
+    projected = torch.randn(2 * length, 3 * heads * width).mul(2).to(F16).requires_grad_()
+    assert fused.segment_attention.fits(length, width, F16)
+    outputs = [functions.SegmentAttention.apply(projected, length, heads, causal)]
+    (projected64,) = _double(projected)
+    query, key, value = projected64.view(2, length, 3, heads, width).permute(2, 0, 3, 1, 4)
+    logits = query @ key.transpose(-1, -2) * width**-0.5
+    if causal:
+        logits = logits.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+    expected = [(logits.softmax(-1) @ value).transpose(1, 2).reshape(2 * length, heads * width)]
+    _assert_close(outputs, expected, F16)
+    _assert_close(_gradients(outputs, [projected]), _gradients(expected, [projected64]), F16)
+
+
+def test_which_segments_fit_one_tile():
+    fits = fused.segment_attention.fits
+    assert fits(128, 64, torch.bfloat16) and not fits(129, 64, F16) and not fits(64, 72, F16)
+    assert not fits(0, 64, F16) and not fits(64, 64, F32)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -187,3 +218,17 @@ def test_an_open_sink_takes_the_gradients_of_its_parameters_and_no_others():
     for parameter, total in sink.totals.items():
         assert torch.equal((total / 2).to(F16), expected[parameter])  # added up before it is rounded
     assert torch.autograd.grad(outputs(), f.weight)[0] is not None  # the sink is closed
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("rows", [0, 3, 300, 5000])
+def test_column_sums(rows, count):
+    x = torch.randn(rows, count, 20)
+    new = functions.kernels.column_sums(x, *[None] * count)
+    totals = [torch.full((20,), 2.0) for _ in range(count)]
+    assert functions.kernels.column_sums(x, *totals) == (None,) * count
+    strided = functions.kernels.column_sums(torch.cat((x, x), -1)[..., :20], *[None] * count)
+    for i in range(count):
+        expected = x[:, i].double().sum(0)
+        for found in (new[i], totals[i] - 2, strided[i]):
+            assert (found - expected).abs().max() <= 1e-4

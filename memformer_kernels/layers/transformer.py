@@ -41,6 +41,9 @@ class SelfAttention(nn.Module):
         self, projected: Tensor, *, token_mask: Tensor | None, cache: KeyValueCache | None, position: int
     ) -> Tensor:
         """Between the projections: query, key and value side by side, [B, L, 3 C], to [B, L, C]."""
+        dropout = self.dropout if self.training else 0.0
+        if cache is None and token_mask is None and not dropout:
+            return fused.self_attention(projected, self.heads, causal=self.causal)
         query, key, value = (split_heads(p, self.heads) for p in projected.chunk(3, -1))
         if cache is not None:
             key, value = cache.extend(key, value, position)
@@ -49,7 +52,7 @@ class SelfAttention(nn.Module):
             key,
             value,
             attn_mask=self._mask(query, key, token_mask),
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             is_causal=self.causal and token_mask is None and query.shape[2] == key.shape[2],
         )
         return merge_heads(output)

@@ -260,7 +260,10 @@ class _Capture:
         def on_aliases(body: Callable) -> Callable:
             def run() -> Any:
                 with replaced(self.store.aliases), torch.set_grad_enabled(grad):
-                    return body()
+                    result = body()
+                if self.random is not None:
+                    self.random.put_back()
+                return result
 
             return run
 
@@ -272,9 +275,6 @@ class _Capture:
                 self._backward = Recording(on_aliases(self._run_backward), self.store.device, **options)
         except RuntimeError as error:
             raise NotCapturable(str(error).splitlines()[0]) from error
-        finally:
-            if self.random is not None:
-                self.random.put_back()
         if self.store.device.type == "cuda":
             self._passes = None  # the graphs have what they need
         if self.random is not None:

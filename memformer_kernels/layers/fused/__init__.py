@@ -2,19 +2,20 @@
 
     linear(x, f)                                = f(x)
     gelu_linear(hidden, f)                      = f(gelu(hidden))
+    self_attention(projected, heads)            = attention of query, key, value = projected.chunk(3, -1)
     residual_norm(x, branch, norm)              = x + branch, norm(x + branch)
     residual_norm_linear(x, branch, norm, f)    = x + branch, f(norm(x + branch))
 
-A transformer's layer is these and attention. Fused, they take fewer kernels, and their backwards compute again what is
-cheap instead of keeping it: `recompute="none"` keeps it.
+A transformer's layer is these and attention to another sequence. Fused, they take fewer kernels, and their backwards
+compute again what is cheap instead of keeping it: `recompute="none"` keeps it.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 try:
-    from memformer_kernels.layers.fused import functions
+    from memformer_kernels.layers.fused import functions, segment_attention
     from memformer_kernels.layers.fused.triton import unsupported_reason
 except ImportError:  # no Triton
     functions = None
@@ -33,6 +34,16 @@ def gelu_linear(hidden: Tensor, f: nn.Linear, *, recompute: str = "cheap") -> Te
         return f(gelu(hidden))
     y = functions.GeluLinear.apply(_rows(hidden), f.weight, f.bias, recompute == "none")
     return y.unflatten(0, hidden.shape[:-1])
+
+
+def self_attention(projected: Tensor, heads: int, *, causal: bool) -> Tensor:
+    """Query, key and value side by side, [B, L, 3 C], to [B, L, C], every token seeing its segment, or with `causal`
+    what stands before it."""
+    batch, length, width = projected.shape[0], projected.shape[1], projected.shape[2] // 3
+    if _fuses(projected) and segment_attention.fits(length, width // heads, projected.dtype):
+        return functions.SegmentAttention.apply(_rows(projected), length, heads, causal).view(batch, length, width)
+    query, key, value = projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(-2)
 
 
 def residual_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memformer_kernels.gradient_sink import deliver
+from memformer_kernels.layers.fused import segment_attention
 from memformer_kernels.layers.fused import triton as kernels
 from memformer_kernels.ops.library import refuse_double_backward
 
@@ -87,6 +88,23 @@ class ResidualNormLinear(torch.autograd.Function):
         grads, again = _residual_norm_backward(ctx, saved, grad_total, grad_normalised, again=kept is None)
         of_linear = (None, None) if grad is None else _of_parameters(ctx, grad, again if kept is None else kept)
         return *grads, None, *of_linear, None, None
+
+
+class SegmentAttention(torch.autograd.Function):
+    """Self-attention of segments of `length` tokens: query, key and value side by side, [rows, 3 C], to [rows, C]."""
+
+    @staticmethod
+    def forward(ctx, projected: Tensor, length: int, heads: int, causal: bool) -> Tensor:
+        projected = projected.contiguous()
+        ctx.save_for_backward(projected)
+        ctx.options = length, heads, causal
+        return segment_attention.forward(projected, *ctx.options)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Grad, ...]:
+        refuse_double_backward("self-attention")
+        (projected,) = ctx.saved_tensors
+        return segment_attention.backward(grad.contiguous(), projected, *ctx.options), None, None, None
 
 
 def _residual_norm(ctx, x, branch, norm_weight, norm_bias, eps, dtype) -> tuple[Tensor, ...]:

@@ -16,10 +16,15 @@ from torch import Tensor
 from memformer_kernels import launch
 
 MOST_CHANNELS = 8192  # of a row in registers
-MOST_PARTS = 256  # terms of the sum over programs: about two programs for each multiprocessor of a large GPU
+MOST_PARTS = 1024  # terms of the sum over programs
 ELEMENTS = 4096  # of a program of the derivative of GELU
 MOST_ROWS = 4096  # that one program adds up
-SUMS = {"BLOCK": 32, "ROWS": 256, "num_warps": 8}  # tile of a program that adds up rows
+MOST_ROW_PARTS = 64  # into which more rows are split
+
+# Tiles of a program that adds up rows, measured on an H200: few rows, more, and a part of very many
+FEW_ROWS = {"BLOCK": 16, "ROWS": 256, "num_warps": 8}
+MORE_ROWS = {"BLOCK": 32, "ROWS": 512, "num_warps": 8}
+PART_OF_ROWS = {"BLOCK": 128, "ROWS": 64, "num_warps": 8}
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -180,11 +185,11 @@ def unsupported_reason(x: Tensor) -> str | None:
     return launch.unsupported_reason(x=x)
 
 
-def _tile(width: int, elements: int = 1024) -> dict[str, int]:
+def _tile(width: int) -> dict[str, int]:
     """Eight elements, 16 bytes of a 16-bit row, a thread. Not a function of the rows: a row has the same bits in any
     batch."""
     block = triton.next_power_of_2(width)
-    rows = max(1, elements // block)
+    rows = max(1, 1024 // block)
     return {"BLOCK_C": block, "ROWS": rows, "num_warps": max(1, min(16, block * rows // 256))}
 
 
@@ -212,9 +217,10 @@ def residual_norm_forward(
 
 @launch.planned
 def _backward_plan(rows, width, dtypes, device) -> tuple[int, launch.Launcher]:
-    tile = _tile(width, elements=2048)
-    part = -(-rows // MOST_PARTS)
-    part = -(-part // tile["ROWS"]) * tile["ROWS"]
+    # a row in one warp, 32 channels a thread: its sums need no shared memory, which costs more than the loads
+    block = triton.next_power_of_2(width)
+    tile = {"BLOCK_C": block, "ROWS": 1, "num_warps": max(1, block // 1024)}
+    part = max(2, -(-rows // MOST_PARTS))
     parts = -(-rows // part)
     return parts, launch.Launcher(_residual_norm_backward_kernel, parts, (rows, part), C=width, **tile)
 
@@ -261,9 +267,10 @@ def gelu_backward(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Te
 
 @launch.planned
 def _column_sums_plan(rows, part, row_stride, width, split, add, kinds, device) -> launch.Launcher:
-    programs = -(-rows // part) * -(-width // SUMS["BLOCK"])
+    tile = PART_OF_ROWS if part < rows else MORE_ROWS if rows > FEW_ROWS["ROWS"] else FEW_ROWS
+    programs = -(-rows // part) * -(-width // tile["BLOCK"])
     arguments = row_stride, rows, part
-    return launch.Launcher(_column_sums_kernel, programs, arguments, WIDTH=width, SPLIT=split, ADD=add, **SUMS)
+    return launch.Launcher(_column_sums_kernel, programs, arguments, WIDTH=width, SPLIT=split, ADD=add, **tile)
 
 
 def column_sums(x: Tensor, *totals: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -272,8 +279,8 @@ def column_sums(x: Tensor, *totals: Tensor | None) -> tuple[Tensor | None, ...]:
     if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
         x = x.contiguous()
     rows, count, width = x.shape
-    if rows > MOST_ROWS:  # for one program: in parts first
-        part = -(-rows // (MOST_PARTS * SUMS["ROWS"])) * SUMS["ROWS"]
+    if rows > MOST_ROWS:
+        part = -(-rows // MOST_ROW_PARTS)
         partial = x.new_empty(-(-rows // part), count, width, dtype=torch.float32)
         whole = count * width
         _column_sums_plan(rows, part, x.stride(0), whole, whole, False, x.dtype, x.device)(x, partial, None)
