@@ -142,6 +142,7 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
             rows, rows, rows, of_rows, of_rows, weight, weight, True
         ),
         "column sums": lambda: fused.column_sums(rows[:, None], None),
+        "gelu forward": lambda: fused.gelu_forward(rows),
         "gelu backward": lambda: fused.gelu_backward(rows, rows, True),
         "memory_read forward": lambda: read.forward(*read_call, *options, True),
         "memory_read backward": read_backward,

@@ -198,6 +198,7 @@ class _Capture:
         self._arguments = arguments.replace([as_leaf(t.clone(), t.requires_grad) for t in arguments.tensors()])
         self._grads: list[Tensor | None] = []
         self._passes: Passes | None = None
+        self._sizes: dict[str, int] = {}  # graphs hold a little more in a capture, which must not change the groups
         draws, calls = self._try()
         if self.store.device.type == "cuda":
             graph_random = GraphRandom(self.store.device, calls if draws else 0)
@@ -242,10 +243,9 @@ class _Capture:
         return [None if g is None else next(copies) for g in found], sums
 
     def _run_forward(self) -> Tree:
+        parts = python_parts(self.cell, self.surroundings, self.budget, sizes=self._sizes)
         if not torch.is_grad_enabled():
-            parts = python_parts(self.cell, self.surroundings, self.budget)
             return Tree.of(run_parts(NoTape(), parts, *self._arguments.whole(), budget=self.budget))
-        parts = python_parts(self.cell, self.surroundings, self.budget)
         self._passes = Passes(parts, self.surroundings, self.budget, self.weight)
         return self._passes.forward(self._arguments.cut(), {})
 
@@ -293,6 +293,7 @@ class _Capture:
             self._grads = [torch.zeros_like(t) if t.requires_grad else None for t in result.tensors()]
             calls = 0
             if torch.is_grad_enabled():
+                self._sizes = self._passes.parts.sizes()
                 self.leaves, calls = self._passes.tape.parameters, len(self._passes.tape.calls)
                 if any(self.needs_grad):
                     self._run_backward()

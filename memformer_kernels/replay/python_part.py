@@ -6,7 +6,7 @@ cannot be replayed is refused; the node's inputs are the leaves in use and no ot
 have it; and both passes run the same kernels, where PyTorch has others for a forward without a graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,7 @@ class PythonPart:
         self.function, self.surroundings, self.keeper, self.strict = function, surroundings, keeper, strict
         self.parameters: list[Tensor] = []
         self.bytes_each: int | None = None
+        self.assumed_bytes: int | None = None  # in the place of what the first call measures
 
     def run_only(self, arguments: Tree) -> Tree:
         with self.surroundings.autocast.again():
@@ -89,7 +90,7 @@ class PythonPart:
         with self.keeper.counting([*given, *self.parameters]) as count:
             result = self.run_only(arguments)
         if self.bytes_each is None:
-            self.bytes_each = count.bytes
+            self.bytes_each = count.bytes if self.assumed_bytes is None else self.assumed_bytes
         if versions_of(given) != versions:
             raise RuntimeError(
                 f"memory_replay: cell must not modify its segment or its state in place, got a change in {label}"
@@ -135,7 +136,17 @@ class PythonPart:
         return made
 
 
-def python_parts(cell: Callable, surroundings: Surroundings, budget: int | None, *, strict: bool = False) -> Parts:
+def python_parts(
+    cell: Callable,
+    surroundings: Surroundings,
+    budget: int | None,
+    *,
+    strict: bool = False,
+    sizes: Mapping[str, int] | None = None,
+) -> Parts:
+    """The parts of a cell; with `sizes` their `bytes_each`, which are measured otherwise."""
     keeper = Keeper(budget, count=isinstance(cell, StagedCell))
     parts = {n: PythonPart(f, surroundings, keeper, strict=strict) for n, f in functions_of(cell).items()}
+    for name, size in (sizes or {}).items():
+        parts[name].assumed_bytes = size
     return Parts(**parts)

@@ -57,6 +57,11 @@ class Parts:
     prepare: Part | None = None
     readout: Part | None = None
 
+    def sizes(self) -> dict[str, int]:
+        """What the graph of one segment holds, of each part."""
+        parts = dict(advance=self.advance, prepare=self.prepare, readout=self.readout)
+        return {name: part.bytes_each for name, part in parts.items() if part is not None}
+
     def allowed(self, budget: int | None) -> int | None:
         """The budget of a group: by default the graph of one segment."""
         return self.advance.bytes_each if budget is None else budget

@@ -42,7 +42,7 @@ def self_attention(projected: Tensor, heads: int, *, causal: bool) -> Tensor:
     batch, length, width = projected.shape[0], projected.shape[1], projected.shape[2] // 3
     if _fuses(projected) and segment_attention.fits(length, width // heads, projected.dtype):
         return functions.SegmentAttention.apply(_rows(projected), length, heads, causal).view(batch, length, width)
-    query, key, value = projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    query, key, value = (p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in projected.chunk(3, -1))
     return scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(-2)
 
 
