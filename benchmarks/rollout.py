@@ -1,0 +1,278 @@
+"""Whole rollouts on a GPU, forward and backward: full back-propagation, checkpoints and replay, in plain PyTorch,
+compiled, and ours, with the budgets between replay and full back-propagation.
+
+    python benchmarks/rollout.py --out benchmarks/results/rollout_h200.json --plot docs/images/rollout.png
+    python benchmarks/rollout.py --shapes small --skip compiled
+
+A time is the median of wall times from the first call to the end of the last kernel. "busy" is the time in which a
+kernel ran. Peak memory is what a rollout adds to the model and its segments: what the allocator hands out at most,
+gradients included, and what recorded graphs hold all the time.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import plain_memformer as plain
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig
+from memformer_kernels.replay import CapturedCell, memory_replay
+
+Make = Callable[[], tuple[torch.nn.Module, Callable[[], None]]]  # a model, and a rollout of it
+CUDA = torch.device("cuda")
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    horizon: int
+    batch: int
+    length: int
+    width: int
+    heads: int
+    layers: int
+    slots: int
+    decoder_layers: int = 0
+
+    @property
+    def tensors(self) -> int:
+        """Of a segment: tokens, of an encoder-decoder also the decoder's, and labels."""
+        return 3 if self.decoder_layers else 2
+
+    def plain(self) -> torch.nn.Module:
+        sizes = dict(vocabulary=256, width=self.width, heads=self.heads, slots=self.slots)
+        if self.decoder_layers:
+            return plain.PlainMemformer(**sizes, encoder=self.layers, decoder=self.decoder_layers)
+        return plain.PlainMemformerLM(**sizes, layers=self.layers)
+
+    def ours(self) -> torch.nn.Module:
+        sizes = dict(width=self.width, heads=self.heads, hidden=4 * self.width, slots=self.slots, dropout=0.0)
+        sizes |= dict(vocabulary=256, segment_length=self.length)
+        if self.decoder_layers:
+            layers = dict(encoder_layers=self.layers, decoder_layers=self.decoder_layers)
+            return Memformer(MemformerConfig(**sizes, **layers))
+        return MemformerLM(MemformerLMConfig(**sizes, layers=self.layers))
+
+    def segments(self, horizon: int | None = None) -> list[tuple[torch.Tensor, ...]]:
+        size = (horizon or self.horizon, self.tensors, self.batch, self.length)
+        return [tuple(segment) for segment in torch.randint(256, size, device=CUDA)]
+
+
+SHAPES = {
+    "small": Shape(16, 8, 128, 512, 8, 4, 128),
+    "large": Shape(16, 32, 512, 1024, 16, 8, 128),
+    "long": Shape(64, 4, 64, 512, 8, 4, 32),
+    "encoder-decoder": Shape(16, 8, 128, 512, 8, 4, 128, decoder_layers=16),
+}
+FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the graphs of a rollout: budgets
+HORIZONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def rollouts(shape: Shape, skip: str) -> Iterator[tuple[str, Make]]:
+    """Names, and what builds the model and its rollout: one stands at a time."""
+    segments = shape.segments()
+
+    def of_plain(method: str, compiled: bool) -> Make:
+        def make() -> tuple[torch.nn.Module, Callable[[], None]]:
+            torch.manual_seed(0)
+            model = shape.plain().to(CUDA, torch.bfloat16)
+            cell = torch.compile(model, dynamic=False) if compiled else model
+
+            def run() -> None:
+                model.zero_grad(set_to_none=True)
+                plain.METHODS[method](cell, segments, model.initial_memory(shape.batch))
+
+            return model, run
+
+        return make
+
+    def of_ours(wrap: Callable, **options) -> Make:
+        def make() -> tuple[torch.nn.Module, Callable[[], None]]:
+            torch.manual_seed(0)
+            model = shape.ours().to(CUDA, torch.bfloat16)
+            cell = wrap(model.cell)
+
+            def run() -> None:
+                model.zero_grad(set_to_none=True)
+                start = model.initial_memory(shape.batch)
+                memory_replay(cell, segments, start, reduction="mean", **options)[0].backward()
+
+            return model, run
+
+        return make
+
+    for method in plain.METHODS:
+        yield f"plain {method}", of_plain(method, False)
+    for method in ("bptt", "replay"):
+        yield f"compiled {method}", of_plain(method, True)
+    yield "ours bptt, no graphs", of_ours(lambda cell: cell, method="bptt")
+    yield "ours replay, no graphs", of_ours(lambda cell: cell)
+    yield "ours replay", of_ours(CapturedCell)
+    whole = 0 if skip and skip in "budgets" else graphs_of_a_rollout(shape)
+    for fraction in FRACTIONS if whole else ():
+        yield (
+            f"ours, budget {whole * fraction / MIB:.0f} MiB",
+            of_ours(CapturedCell, activation_budget=int(whole * fraction)),
+        )
+
+
+def graphs_of_a_rollout(shape: Shape) -> int:
+    """Bytes that full back-propagation keeps, by the difference of two horizons."""
+    model = shape.ours().to(CUDA, torch.bfloat16)
+
+    def kept(horizon: int) -> int:
+        segments = shape.segments(horizon)
+        before = torch.cuda.memory_allocated()
+        result = memory_replay(model.cell, segments, model.initial_memory(shape.batch), method="bptt")
+        bytes_kept = torch.cuda.memory_allocated() - before
+        del result
+        return bytes_kept
+
+    return (kept(3) - kept(2)) * shape.horizon
+
+
+def measure(make: Make, repeats: int) -> dict:
+    gc.collect()
+    torch.cuda.empty_cache()
+    model, run = make()
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_reserved()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - started
+    run()
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    held, idle = torch.cuda.memory_reserved() - reserved, torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    peak = torch.cuda.max_memory_allocated() - idle + max(held, 0)
+    walls, hosts = [], []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        hosts.append(time.perf_counter() - started)
+        torch.cuda.synchronize()
+        walls.append(time.perf_counter() - started)
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    kernels = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(e.time_range.elapsed_us() for e in kernels)
+    return {
+        "ms": round(statistics.median(walls) * 1e3, 2),
+        "host_ms": round(statistics.median(hosts) * 1e3, 2),
+        "busy_ms": round(busy / 1e3, 2),
+        "kernels": len(kernels),
+        "first_call_s": round(first, 2),
+        "peak_MiB": round(peak / MIB),
+        "held_MiB": round(held / MIB),
+    }
+
+
+def over_horizons(shape: Shape, repeats: int) -> list[dict]:
+    """Time and peak memory as the horizon grows."""
+    rows = []
+    for horizon in HORIZONS:
+        longer = dataclasses.replace(shape, horizon=horizon)
+        for name, make in rollouts(longer, "budgets"):
+            if name in ("plain bptt", "plain checkpoint", "plain replay", "ours replay"):
+                if name != "ours replay" and horizon > 64:
+                    continue
+                rows.append({"horizon": horizon, "run": name} | measure(make, repeats))
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help=f"some of {','.join(SHAPES)}")
+    parser.add_argument("--skip", default="", help="leave out runs whose name contains this: plain, compiled, budget")
+    parser.add_argument("--only", default="", help="only runs whose name contains this")
+    parser.add_argument("--repeats", type=int, default=5, help="rollouts timed, default 5")
+    parser.add_argument("--horizons", action="store_true", help="also time and memory over 1 to 256 segments")
+    parser.add_argument("--out", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="draw them here (needs matplotlib)")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("rollout: needs a GPU; a CPU measures nothing here. On a CPU the tests run the same code")
+    torch.set_float32_matmul_precision("high")
+    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
+    report |= {"command": "python benchmarks/rollout.py " + " ".join(sys.argv[1:]), "shapes": {}}
+    for name in options.shapes.split(","):
+        shape, rows = SHAPES[name], []
+        print(f"{name}: {dataclasses.asdict(shape)}", flush=True)
+        for run, make in rollouts(shape, options.skip):
+            if options.skip and options.skip in run or options.only not in run:
+                continue
+            try:
+                row = {"run": run} | measure(make, options.repeats)
+            except (RuntimeError, torch.OutOfMemoryError) as error:  # one that fails does not take the others along
+                row = {"run": run, "failed": str(error).splitlines()[0]}
+            torch._dynamo.reset()
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        report["shapes"][name] = {"shape": dataclasses.asdict(shape), "rows": rows}
+        _write(options, report)
+    if options.horizons:
+        report["horizons"] = {"shape": dataclasses.asdict(SHAPES["long"]), "rows": over_horizons(SHAPES["long"], 3)}
+        _write(options, report)
+
+
+def _write(options: argparse.Namespace, report: dict) -> None:
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot:
+        _plot(report, options.plot)
+
+
+def _plot(report: dict, path: Path) -> None:
+    from matplotlib import pyplot
+
+    panels = len(report["shapes"]) + 2 * ("horizons" in report)
+    figure, axes = pyplot.subplots(1, panels, figsize=(4.4 * panels, 3.8), layout="constrained", squeeze=False)
+    axes = list(axes[0])
+    for name, part in report["shapes"].items():
+        axis = axes.pop(0)
+        rows = [row for row in part["rows"] if "ms" in row]
+        for kind, marker in (("plain", "s"), ("compiled", "^"), ("no graphs", "v"), ("ours", "o")):
+            of_kind = [r for r in rows if (kind in r["run"]) and (kind != "ours" or "no graphs" not in r["run"])]
+            if of_kind:
+                line = "-" if kind == "ours" else ""
+                of_kind.sort(key=lambda r: r["peak_MiB"])
+                axis.plot([r["peak_MiB"] for r in of_kind], [r["ms"] for r in of_kind], marker, ls=line, label=kind)
+        for row in rows:
+            if "budget" not in row["run"]:
+                label = row["run"].removeprefix("plain ").removeprefix("compiled ").removeprefix("ours ")
+                axis.annotate(label.removesuffix(", no graphs"), (row["peak_MiB"], row["ms"]), fontsize=7)
+        axis.set(title=name, xlabel="peak memory (MiB)", ylabel="forward + backward (ms)", xscale="log", yscale="log")
+        axis.legend(fontsize=7)
+    if "horizons" in report:
+        rows = report["horizons"]["rows"]
+        for axis, key, label in (
+            (axes[0], "ms", "forward + backward (ms)"),
+            (axes[1], "peak_MiB", "peak memory (MiB)"),
+        ):
+            for run in dict.fromkeys(row["run"] for row in rows):
+                points = [row for row in rows if row["run"] == run]
+                axis.plot([p["horizon"] for p in points], [p[key] for p in points], marker="o", label=run)
+            axis.set(title="long, other horizons", xlabel="segments", ylabel=label, xscale="log", yscale="log")
+            axis.legend(fontsize=7)
+    figure.suptitle(f"{report['gpu']}, torch {report['torch']}, {report['dtype']}")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
