@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from memformer_kernels import checks
+from memformer_kernels.replay import sharded
 from memformer_kernels.replay.budget import Keeper, budget_in_bytes
 from memformer_kernels.replay.captured import CapturedCell, NotCapturable
 from memformer_kernels.replay.python_part import PythonPart
@@ -89,7 +90,8 @@ def memory_replay(
         TypeError, ValueError: an argument breaks a rule above.
         RuntimeError: a parameter, segment or state was modified in place between the passes, or by the cell; the cell
             uses a tensor with a graph from outside it; with `strict`, a segment did not replay bit for bit.
-        NotImplementedError: a second derivative was asked for; "bptt" has one.
+        NotImplementedError: a second derivative was asked for; "bptt" has one. Or the cell calls a module that FSDP
+            shards by itself; shard the module that the whole rollout is the forward of.
 
     Source: Wu et al., Memformer, arXiv 2010.06891v2, algorithm 1.
     """
@@ -155,7 +157,8 @@ def _replay(
     def rollout(parts: Parts) -> tuple[Any, Any]:
         if torch.is_grad_enabled():
             options = dict(budget=budget, weight=weight if early else None)
-            outputs, final = differentiable(parts, surroundings, versions, segments, state, **options)
+            with sharded.refused(modules):
+                outputs, final = differentiable(parts, surroundings, versions, segments, state, **options)
             return outputs if early else _reduced(outputs, weight), final
         with surroundings.kept_if_raises():
             outputs, final = run_parts(NoTape(), parts, segments, state, budget=budget)

@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 PATIENCE = timedelta(minutes=10)  # for the others, the first rank's writing of a checkpoint included
 
@@ -54,13 +55,12 @@ class Ranks:
         if self.world == 1:
             return rollout
         if self.shard:
-            from torch.distributed.fsdp import fully_shard
-
             mesh = dist.init_device_mesh(self.device.type, (self.world,))
             return fully_shard(rollout, mesh=mesh, reshard_after_forward=False)
-        # Gradients come all at once, from one node: one bucket. It is cut from the start as it stays, for the order of
-        # additions, and so the bits, not to depend on where a run was resumed; that, and a writer that gets no
-        # gradient in a rollout of one segment, is what looking for unused parameters is for
+        # Gradients come all at once, from one node: one bucket is best. DDP cuts buckets again after the first step, and
+        # a resumed run would add up in another order, but not where parameters may be unused, as those of the memory's
+        # writer are in a rollout of one segment. One that always is keeps it from warning that none is
+        rollout.register_parameter("unused", nn.Parameter(torch.empty(0, device=self.device)))
         return nn.parallel.DistributedDataParallel(rollout, find_unused_parameters=True, bucket_cap_mb=2**20)
 
     @contextlib.contextmanager
@@ -90,6 +90,11 @@ class Ranks:
         raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return raised.bool().tolist()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier()
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, all of one shape, on the CPU."""
@@ -121,17 +126,15 @@ def _name(kind: str, rank: int) -> str:
     return kind if rank == 0 else f"{kind}.{rank}"
 
 
-def gathered(tensor: Any) -> Any:
-    """All of a sharded tensor; any other as it is. Every rank must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, any other as it is; on every rank at a time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def dealt(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every rank has, sharded as `like` is."""
-    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
+    """A tensor that every rank has, sharded as `like` is; one of another shape as it is."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
