@@ -57,9 +57,9 @@ class Ranks:
         if self.shard:
             mesh = dist.init_device_mesh(self.device.type, (self.world,))
             return fully_shard(rollout, mesh=mesh, reshard_after_forward=False)
-        # Gradients come all at once, from one node: one bucket is best. DDP cuts buckets again after the first step, and
-        # a resumed run would add up in another order, but not where parameters may be unused, as those of the memory's
-        # writer are in a rollout of one segment. One that always is keeps it from warning that none is
+        # Gradients come all at once, from one node: one bucket is best. DDP cuts buckets again after the first step, so
+        # that a resumed run would add up in another order; but not where it looks for unused parameters, as those of
+        # the memory's writer are in a rollout of one segment. One that always is keeps it from warning that none is
         rollout.register_parameter("unused", nn.Parameter(torch.empty(0, device=self.device)))
         return nn.parallel.DistributedDataParallel(rollout, find_unused_parameters=True, bucket_cap_mb=2**20)
 
