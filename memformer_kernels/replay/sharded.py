@@ -20,7 +20,7 @@ def refused(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     kinds = (FSDPModule, FullyShardedDataParallel)
     sharded = list({id(m): m for top in modules for m in top.modules() if isinstance(m, kinds)}.values())
-    for module in sharded:
+    for module in reversed(sharded):  # the innermost is the one to name
         if any(isinstance(p, DTensor) for p in module.parameters()):
             _refuse(module)
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ depend on the number of ranks. What is carried along a lane stays on the lane's 
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -96,6 +96,15 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def gather_shards(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All of each sharded tensor, any other as it is, on the CPU of the first rank; nothing on the others."""
+        whole = {}
+        for name, tensor in sorted(tensors.items()):  # in one order on all ranks, as each waits for the others
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.first:
+                whole[name] = full.cpu()
+        return whole
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, all of one shape, on the CPU."""
         if self.world == 1:
@@ -124,11 +133,6 @@ class Ranks:
 
 def _name(kind: str, rank: int) -> str:
     return kind if rank == 0 else f"{kind}.{rank}"
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, any other as it is; on every rank at a time."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def dealt(tensor: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memformer_kernels.models import MemformerLM, MemformerLMConfig
 from memformer_kernels.replay import memory_replay
 from memformer_kernels.state import files
-from memformer_kernels.training.ranks import Ranks, dealt, gathered
+from memformer_kernels.training.ranks import Ranks, dealt
 from memformer_kernels.training.settings import Settings
 
 KIND = "training checkpoint"
@@ -76,14 +76,15 @@ class Trainer:
             self.model.train()
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's `state_dict`, of a sharded model all of it."""
-        return {name: gathered(t) for name, t in self.model.state_dict().items()}
+        """The model's `state_dict` on the CPU; of many ranks the first gets it."""
+        return self.ranks.gather_shards(self.model.state_dict())
 
     def save(self, path: Path) -> None:
         """Everything that the rest of the run depends on, in one file, atomically; written by the first rank."""
-        tensors = {f"model.{name}": t for name, t in self.weights().items()}
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": gathered(t) for name, t in state.items()}
+            tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
+        tensors = self.ranks.gather_shards(tensors)
         tensors |= {f"random.{name}": t for name, t in self.ranks.gather_random().items()}
         tensors["memory"] = torch.cat(self.ranks.gather(self.memory))
         if self.ranks.first:
