@@ -5,6 +5,7 @@ depend on the number of ranks. What is carried along a lane stays on the lane's 
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def joined(device: torch.device, *, shard: bool = False) -> Iterator[Ranks]:
     """The ranks that torchrun started, for the time of the block; this process alone if it did not.
 
     Raises `ValueError` where a rank has no GPU of its own. An error inside the block leaves the group as it is: to take
-    it down waits for the others, who learn of the error when this process ends.
+    it down may wait for the others, who learn of the error when this process ends. No trainer may outlive the block.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -157,6 +158,7 @@ def joined(device: torch.device, *, shard: bool = False) -> Iterator[Ranks]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
     yield Ranks(device, dist.get_rank(), world, shard)
+    gc.collect()  # DDP's reducer, the last to hold the group, takes it down with the lock that its threads may need
     dist.destroy_process_group()
 
 
