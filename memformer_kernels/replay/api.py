@@ -82,9 +82,10 @@ def memory_replay(
     What replay keeps: PyTorch's CPU and CUDA random state (dropout masks are the same bits), autocast, buffers
     (updated once) and the train or eval mode of the modules that the cell is or refers to, gradients of a subset of
     parameters, parameter hooks: called once, with None where the loss does not reach a parameter in use. The rollout is
-    one node of the autograd graph: DistributedDataParallel, GradScaler, gradient accumulation need no special code. An
-    exception in any segment, forward or backward, leaves `.grad`, buffers, random state and the given state as they
-    were. Hooks of modules inside the cell run in both passes.
+    one node of the autograd graph: DistributedDataParallel, GradScaler, gradient accumulation need no special code, nor
+    does `fully_shard` of one module whose forward is the rollout. An exception in any segment, forward or backward,
+    leaves `.grad`, buffers, random state and the given state as they were. Hooks of modules inside the cell run in both
+    passes.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
