@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -77,8 +78,9 @@ def together(check, *arguments):
     torch.multiprocessing.start_processes(_rank, args=(check, _free_port(), arguments), **options)
 
 
-def _rank(rank, check, port, arguments, shard=False):
+def _rank(rank, check, port, arguments):
     torch.set_num_threads(1)
+    ranks_module.PATIENCE = timedelta(seconds=20)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with joined(CPU) as ranks:
