@@ -88,9 +88,8 @@ class Trainer:
         tensors |= {f"random.{name}": t for name, t in self.ranks.gather_random().items()}
         tensors["memory"] = torch.cat(self.ranks.gather(self.memory))
         if self.ranks.first:
-            files.save_tensors(
-                path, tensors, self._description() | {"step": self.step_count, "task": self.task.state()}
-            )
+            header = self._description() | {"step": self.step_count, "task": self.task.state()}
+            files.save_tensors(path, tensors, header)
 
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint of the same configuration and settings; raises `StateFileError` otherwise.
