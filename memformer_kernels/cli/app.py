@@ -1,5 +1,6 @@
 """The commands: what each takes, says and returns. The work is done in the modules beside this one."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,8 @@ def run() -> None:
     try:
         app()
     except Interrupted as stop:
-        errors.print(f"interrupted: {stop}; go on with --resume", highlight=False)
+        if int(os.environ.get("RANK", 0)) == 0:  # of torchrun's ranks, which stop together, one says so
+            errors.print(f"interrupted: {stop}; go on with --resume", highlight=False)
         sys.exit(130)
     except KeyboardInterrupt:
         errors.print("interrupted", highlight=False)
