@@ -294,7 +294,16 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
 
 
 def test_the_command_runs_under_torchrun(tmp_path):
-    small = {"steps": 4, "batch": 4, "segment-length": 8, "slots": 4, "width": 16, "heads": 2, "layers": 1}
+    small = {
+        "device": "cpu",
+        "steps": 4,
+        "batch": 4,
+        "segment-length": 8,
+        "slots": 4,
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+    }
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
     command = ["-m", "memformer_kernels.cli", "train", "--task", "recall", "--shard", "--out", str(tmp_path)]
     command += [word for name, value in small.items() for word in (f"--{name}", str(value))]
