@@ -1,5 +1,6 @@
 """The commands: what each takes, says and returns. The work is done in the modules beside this one."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,8 @@ def run() -> None:
     try:
         app()
     except Interrupted as stop:
-        errors.print(f"interrupted: {stop}; go on with --resume", highlight=False)
+        if int(os.environ.get("RANK", 0)) == 0:  # of torchrun's ranks, which stop together, one says so
+            errors.print(f"interrupted: {stop}; go on with --resume", highlight=False)
         sys.exit(130)
     except KeyboardInterrupt:
         errors.print("interrupted", highlight=False)
@@ -91,7 +93,7 @@ def train(
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after this long.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Lanes of text read side by side.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Lanes of text read side by side, by all ranks together.")] = None,
     horizons: Annotated[
         str | None, typer.Option(help="Segments a rollout; 2,4,8 is a curriculum in equal parts.")
     ] = None,
@@ -111,6 +113,9 @@ def train(
     precision: Annotated[str | None, typer.Option(help="float32, or bfloat16 for autocast.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and the data.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; by default a GPU if there is one.")] = "auto",
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: shard the model over the ranks, with no copy on each.")
+    ] = False,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 250,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
 ) -> None:
@@ -120,6 +125,7 @@ def train(
     out, the bits per byte with the memory and with it reset at each segment; [bold]--compare[/] adds a twin trained
     without memory, which is what the memory is to be judged against.
     [bold]memformer-kernels train --task recall[/] learns to remember a symbol across segments, in under a minute.
+    [bold]torchrun --nproc-per-node 8 -m memformer_kernels.cli train[/] trains on 8 GPUs; the same run, to rounding.
 
     Writes metrics.jsonl, loss.png, checkpoint.safetensors, config.json and model.safetensors into --out.
     """
@@ -159,6 +165,7 @@ def train(
         job,
         out,
         device=_device(device),
+        shard=shard,
         resume=resume,
         compare=compare,
         minutes=minutes,
@@ -269,7 +276,7 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 
 def _refuse_with_resume(context: typer.Context) -> None:
     """A resumed run is the same run: what makes it up stands in its folder."""
-    free = {"out", "task", "resume", "compare", "device", "minutes", "validate_every", "save_every"}
+    free = {"out", "task", "resume", "compare", "device", "shard", "minutes", "validate_every", "save_every"}
     for name in context.params:
         source = context.get_parameter_source(name)
         if name not in free and source is not None and source.name == "COMMANDLINE":

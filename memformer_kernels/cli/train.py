@@ -15,6 +15,7 @@ from memformer_kernels.data import RecallTask, Text
 from memformer_kernels.models import PRESETS, MemformerLMConfig
 from memformer_kernels.state import StateFileError, files
 from memformer_kernels.training import Settings, Trainer
+from memformer_kernels.training.ranks import Ranks, joined
 from memformer_kernels.training.run import RunFolder, run
 from memformer_kernels.training.tasks import RecallTraining, TextTask
 
@@ -74,7 +75,7 @@ class Job:
     def twin(self) -> "Job":
         return replace(self, settings=replace(self.settings, twin=True))
 
-    def trainer(self, device: torch.device) -> Trainer:
+    def trainer(self, device: torch.device, ranks: Ranks | None = None) -> Trainer:
         s, length = self.settings, self.config.segment_length
         if self.task == "recall":
             task = RecallTraining(s.batch, length, s.horizons[-1], device, s.seed)
@@ -86,7 +87,7 @@ class Job:
                 f"{len(text.validation) / 1e6:.2f} MB held out"
             )
             task = TextTask(text, s.batch, length, device)
-        return Trainer(self.config, s, task, device)
+        return Trainer(self.config, s, task, device, ranks)
 
 
 def train(
@@ -94,19 +95,25 @@ def train(
     out: Path,
     *,
     device: torch.device,
+    shard: bool = False,
     resume: bool = False,
     compare: bool = False,
     minutes: float | None = None,
     **every: int,
 ) -> dict[str, float]:
-    """Trains, and with `compare` the twin too; prints a table, draws `loss.png`, returns the figures."""
+    """Trains, and with `compare` the twin too; prints a table, draws `loss.png`, returns the figures.
+
+    Started by torchrun it trains over all its ranks, of which the first one prints, writes and draws.
+    """
     if compare and minutes is not None:
         raise ValueError("train: --minutes would stop the twin at another step than the model; --compare takes --steps")
-    figures = _train_one("with memory", job, out, device, resume, minutes, every)
-    if compare:
-        twin = job.twin()
-        figures["twin"] = _train_one("twin", twin, out / "twin", device, resume, minutes, every)["reset"]
-    plots.draw_curves(out, job.unit)
+    with joined(device, shard=shard) as ranks:
+        console.quiet = not ranks.first
+        figures = _train_one("with memory", job, out, ranks, resume, minutes, every)
+        if compare:
+            figures["twin"] = _train_one("twin", job.twin(), out / "twin", ranks, resume, minutes, every)["reset"]
+        if ranks.first:
+            plots.draw_curves(out, job.unit)
     console.print(figures_table(figures, job.unit))
     console.print(
         f"written to {out}: loss.png, metrics.jsonl, checkpoint.safetensors, model.safetensors", highlight=False
@@ -117,16 +124,18 @@ def train(
 
 
 def _train_one(
-    name: str, job: Job, out: Path, device: torch.device, resume: bool, minutes: float | None, every: dict
+    name: str, job: Job, out: Path, ranks: Ranks, resume: bool, minutes: float | None, every: dict
 ) -> dict[str, float]:
     folder = RunFolder(out)
-    trainer = job.trainer(device)
+    trainer = job.trainer(ranks.device, ranks)
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.print(f"{name}: {parameters / 1e6:.2f} M parameters on {device}, {job.settings.steps} steps -> {out}")
+    where = str(ranks.device) if ranks.world == 1 else f"{ranks.world} ranks, {ranks.device.type}"
+    console.print(f"{name}: {parameters / 1e6:.2f} M parameters on {where}, {job.settings.steps} steps -> {out}")
     folder.check(resume)
-    job.save(out)
+    if ranks.first:
+        job.save(out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=console.quiet) as progress:
         bar = progress.add_task(name, total=job.settings.steps, news="")
 
         def report(row: dict) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,14 +18,18 @@ class Pretrained(nn.Module):
 
     config_class: type
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors` into the folder `path`, each atomically."""
+    def save_pretrained(self, path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Writes `config.json` and `model.safetensors` into the folder `path`, each atomically.
+
+        `state_dict` is written in place of the model's own, where that is sharded.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         fields = dataclasses.asdict(self.config)
         config = {"model": type(self).__name__, **fields}
         metadata = {"kind": type(self).__name__, "config": fields}
-        files.save_tensors(path / "model.safetensors", self.state_dict(), metadata)
+        weights = self.state_dict() if state_dict is None else state_dict
+        files.save_tensors(path / "model.safetensors", weights, metadata)
         files.write_atomically(path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from memformer_kernels import checks
+from memformer_kernels.replay import sharded
 from memformer_kernels.replay.budget import budget_in_bytes
 from memformer_kernels.replay.captured import CapturedCell, NotCapturable
 from memformer_kernels.replay.python_part import python_parts
@@ -81,15 +82,17 @@ def memory_replay(
     What replay keeps: PyTorch's CPU and CUDA random state (dropout masks are the same bits), autocast, buffers
     (updated once) and the train or eval mode of the modules that the cell is or refers to, gradients of a subset of
     parameters, parameter hooks: called once, with None where the loss does not reach a parameter in use. The rollout is
-    one node of the autograd graph: DistributedDataParallel, GradScaler, gradient accumulation need no special code. An
-    exception in any segment, forward or backward, leaves `.grad`, buffers, random state and the given state as they
-    were. Hooks of modules inside the cell run in both passes.
+    one node of the autograd graph: DistributedDataParallel, GradScaler, gradient accumulation need no special code, nor
+    does `fully_shard` of one module whose forward is the rollout. An exception in any segment, forward or backward,
+    leaves `.grad`, buffers, random state and the given state as they were. Hooks of modules inside the cell run in both
+    passes.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
         RuntimeError: a parameter, segment or state was modified in place between the passes, or by the cell; the cell
             uses a tensor with a graph from outside it; with `strict`, a segment did not replay bit for bit.
-        NotImplementedError: a second derivative was asked for; "bptt" has one.
+        NotImplementedError: a second derivative was asked for; "bptt" has one. Or the cell calls a module that FSDP
+            shards by itself; shard the module that the whole rollout is the forward of.
 
     Source: Wu et al., Memformer, arXiv 2010.06891v2, algorithm 1.
     """
@@ -155,7 +158,8 @@ def _replay(
 
     def rollout(parts: Parts, segments: list, weight: float | None) -> tuple[Any, Any]:
         if torch.is_grad_enabled():
-            return differentiable(Passes(parts, surroundings, budget, weight), versions, segments, state)
+            with sharded.refused(modules.owners):
+                return differentiable(Passes(parts, surroundings, budget, weight), versions, segments, state)
         with surroundings.kept_if_raises():
             return run_parts(NoTape(), parts, segments, state, budget=budget)
 

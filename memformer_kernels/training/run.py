@@ -43,11 +43,15 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if resume and self.checkpoint.exists():
             trainer.load(self.checkpoint)
-        self._forget_after(trainer.step_count)
+        if trainer.ranks.first:
+            self._forget_after(trainer.step_count)
 
     def save(self, trainer: Trainer) -> None:
         trainer.save(self.checkpoint)
-        trainer.model.save_pretrained(self.path)
+        weights = trainer.weights()
+        if trainer.ranks.first:
+            trainer.model.save_pretrained(self.path, state_dict=weights)
+        trainer.ranks.wait()  # a rank that leaves has torchrun end the others, and this would be cut short
 
     def log(self, row: dict) -> None:
         with open(self.metrics, "a") as file:
@@ -78,31 +82,38 @@ def run(
     """Trains to the end, or until `time_limit` seconds have passed, and returns the last validation, on all of it.
 
     `report` gets every row of the metrics. Ctrl-C finishes the step, saves and raises `Interrupted`; a second Ctrl-C
-    stops at once, with the last checkpoint intact.
+    stops at once, with the last checkpoint intact. Of many ranks the first one reports and writes, and all stop at the
+    same step.
     """
+    ranks = trainer.ranks
     folder.start(trainer, resume)
+
+    def tell(row: dict) -> None:
+        if ranks.first:
+            folder.log(row)
+            report(row)
+
     clock = _Clock(trainer)
     with _CtrlC() as ctrl_c:
         while not trainer.done:
             loss = trainer.step()
-            last = trainer.done or (time_limit is not None and clock.elapsed > time_limit)
+            pressed, late = ranks.any(ctrl_c.pressed, time_limit is not None and clock.elapsed > time_limit)
+            last = trainer.done or late
             if last or trainer.step_count % report_every == 0:
                 row = {"step": trainer.step_count, "loss": loss, "tokens_per_second": clock.rate()}
                 if not last and trainer.step_count % validate_every == 0:
                     row |= trainer.validate()
                     clock.pause()
-                folder.log(row)
-                report(row)
-            if ctrl_c.pressed or (not last and trainer.step_count % save_every == 0):
+                tell(row)
+            if pressed or (not last and trainer.step_count % save_every == 0):
                 folder.save(trainer)
-            if ctrl_c.pressed:
+            if pressed:
                 raise Interrupted(f"saved after step {trainer.step_count} of {trainer.settings.steps}")
             if last:
                 break
         figures = trainer.validate(everything=True)
         row = {"step": trainer.step_count, "final": True, "seconds": round(clock.elapsed, 1), **figures}
-        folder.log(row)
-        report(row)
+        tell(row)
         folder.save(trainer)
     return figures
 

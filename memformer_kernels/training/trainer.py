@@ -1,32 +1,51 @@
 """The training loop's state and step; saved and loaded so that a resumed run is the same run, bit for bit."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer_kernels.models import MemformerLM, MemformerLMConfig
-from memformer_kernels.replay import memory_replay
+from memformer_kernels.replay import CapturedCell, memory_replay
 from memformer_kernels.state import files
+from memformer_kernels.training.ranks import Ranks, dealt
 from memformer_kernels.training.settings import Settings
 
 KIND = "training checkpoint"
 
 
 class Trainer:
-    """One run: a model, its optimiser, where it stands in the data, and the memory carried along the lanes."""
+    """One run: a model, its optimiser, where it stands in the data, and the memory carried along the lanes.
 
-    def __init__(self, config: MemformerLMConfig, settings: Settings, task: Any, device: torch.device):
+    Of many `ranks` each has a trainer, the same but for its lanes; all of them step, validate, save and load together.
+    """
+
+    def __init__(
+        self, config: MemformerLMConfig, settings: Settings, task: Any, device: torch.device, ranks: Ranks | None = None
+    ):
         torch.manual_seed(settings.seed)
         self.settings, self.task, self.device = settings, task, device
+        self.ranks = ranks or Ranks(device)
+        self.lanes = self.ranks.lanes(settings.batch)
         self.model = MemformerLM(config).to(device)
+        cell = _memoryless(self.model) if settings.twin else self.model.cell
+        # sharded parameters lie elsewhere in every step, so that graphs would be recorded anew
+        self.cell = cell if self.ranks.shard else CapturedCell(cell)
+        self.memory = self.model.initial_memory(settings.batch)[self.lanes].detach().clone()
+        self.rollout = self.ranks.wrap(Rollout(self.model, self.cell, settings.method))
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=settings.weight_decay,
+            fused=device.type == "cuda",
         )
         self.step_count = 0
-        self.memory = self.model.initial_memory(settings.batch).detach().clone()
+        if not self.ranks.first:  # dropout is another on each
+            self.ranks.set_random({}, settings.seed, self.step_count)
 
     @property
     def done(self) -> bool:
@@ -35,33 +54,26 @@ class Trainer:
     def step(self) -> float:
         """One rollout and one step of the optimiser; the mean loss of its counted segments, in nats a token."""
         s = self.settings
-        horizon = s.horizon(self.step_count)
-        segments = self.task.rollout(horizon)
-        carried = self.memory if self.task.carries_memory and not s.twin else self.model.initial_memory(s.batch)
+        lanes = self.lanes
+        segments = [(x[lanes], y[lanes]) for x, y in self.task.rollout(s.horizon(self.step_count))]
+        carried = self.memory if self.task.carries_memory and not s.twin else None
         with s.autocast(self.device):
-            losses, memory = memory_replay(self._cell, segments, carried, method=s.method)
-        counted = sum(bool((targets != -100).any()) for _, targets in segments)
-        loss = torch.stack(losses).sum() / counted
+            loss, memory = self.rollout(segments, carried)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = s.rate(self.step_count)
         self.optimizer.step()
-        self.memory = memory.detach()
+        self.memory = memory
         self.step_count += 1
-        return loss.item()
-
-    def _cell(self, segment: tuple[Tensor, Tensor], memory: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.settings.twin:
-            return self.model.loss(segment, memory)
-        return self.model.loss(segment, self.model.initial_memory(self.settings.batch))[0], memory
+        return self.ranks.mean(loss)
 
     def validate(self, *, everything: bool = False) -> dict[str, float]:
         """The task's figure of this model, with the memory carried and with it reset at each segment."""
         self.model.eval()
         try:
-            with self.settings.autocast(self.device):
+            with self.ranks.whole(self.rollout), self.settings.autocast(self.device):
                 reset = self.task.validate(self.model, reset=True, everything=everything)
                 if self.settings.twin:
                     return {"reset": reset}
@@ -69,18 +81,28 @@ class Trainer:
         finally:
             self.model.train()
 
+    def weights(self) -> dict[str, Tensor]:
+        """The model's `state_dict` on the CPU; of many ranks the first gets it."""
+        return self.ranks.gather_shards(self.model.state_dict())
+
     def save(self, path: Path) -> None:
-        """Everything that the rest of the run depends on, in one file, atomically."""
+        """Everything that the rest of the run depends on, in one file, atomically; written by the first rank."""
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
-        tensors |= {"memory": self.memory, "random.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        files.save_tensors(path, tensors, self._description() | {"step": self.step_count, "task": self.task.state()})
+        tensors = self.ranks.gather_shards(tensors)
+        tensors |= {f"random.{name}": t for name, t in self.ranks.gather_random().items()}
+        tensors["memory"] = torch.cat(self.ranks.gather(self.memory))
+        if self.ranks.first:
+            header = self._description() | {"step": self.step_count, "task": self.task.state()}
+            files.save_tensors(path, tensors, header)
 
     def load(self, path: Path) -> None:
-        """Goes on from a checkpoint of the same configuration and settings; raises `StateFileError` otherwise."""
+        """Goes on from a checkpoint of the same configuration and settings; raises `StateFileError` otherwise.
+
+        With as many ranks as saved it, bit for bit as if never stopped; with another number to rounding, and dropout
+        is another.
+        """
         tensors, header = files.load_tensors(path, kind=KIND)
         for field, want in self._description().items():
             if header.get(field) != want:
@@ -93,21 +115,46 @@ class Trainer:
         expected = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         files.check_expected(path, {n: t for n, t in tensors.items() if n.startswith("model.")}, expected)
         self.task.load_state(header["task"])
-        self.model.load_state_dict(groups["model"])
+        held = self.model.state_dict()
+        self.model.load_state_dict({name: dealt(t, held[name]) for name, t in groups["model"].items()})
+        parameters = list(self.model.parameters())
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in groups["optimizer"].items():
             index, _, field = name.partition(".")
-            state.setdefault(int(index), {})[field] = tensor
+            state.setdefault(int(index), {})[field] = dealt(tensor, parameters[int(index)])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.memory = tensors["memory"].to(self.device)
+        self.memory = tensors["memory"][self.lanes].to(self.device)
         self.step_count = header["step"]
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.ranks.set_random(groups["random"], self.settings.seed, self.step_count)
 
     def _description(self) -> dict:
         config, settings = dataclasses.asdict(self.model.config), dataclasses.asdict(self.settings)
         return {"kind": KIND, "config": config, "settings": settings | {"horizons": list(self.settings.horizons)}}
+
+
+class Rollout(nn.Module):
+    """What a step differentiates, as one module: whatever is wrapped around it reduces the gradients once a step."""
+
+    def __init__(self, model: MemformerLM, cell: Callable, method: str):
+        super().__init__()
+        self.model, self.cell, self.method = model, cell, method
+
+    def forward(self, segments: list[tuple[Tensor, Tensor]], memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mean loss of the counted segments, and the memory after the last; from the initial memory if None."""
+        if memory is None:
+            memory = self.model.initial_memory(len(segments[0][0]))
+        total, memory = memory_replay(self.cell, segments, memory, method=self.method, reduction="sum")
+        counted = torch.stack([(targets != -100).any() for _, targets in segments]).sum()
+        return total / counted, memory.detach()
+
+
+def _memoryless(model: MemformerLM) -> Callable:
+    """The twin's cell: it never reads what was written."""
+
+    def cell(segment: tuple[Tensor, Tensor], memory: Tensor) -> tuple[Tensor, Tensor]:
+        return model.loss(segment, model.initial_memory(len(segment[0])))[0], memory
+
+    return cell
 
 
 def _first_difference(want: Any, got: Any) -> str:
