@@ -124,7 +124,7 @@ def stream(
     run_folder: Annotated[
         Path, typer.Argument(metavar="RUN", help="A folder that `train` or `save_pretrained` wrote.")
     ],
-    file: Annotated[str, typer.Argument(metavar="[FILE]", help="The file to read; - is standard input.")] = "-",
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The file to read; - is standard input.")] = "-",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda; by default a GPU if there is one.")] = "auto",
 ) -> None:

@@ -16,6 +16,7 @@ class Decoding(Stream):
     A model that is trained in place is seen by `decode` from the next segment on.
     """
 
+    @apart
     def __init__(self, *arguments, **options):
         self._caught_up = False
         self._caches: list[KeyValueCache] = []

@@ -140,21 +140,22 @@ class Stream:
         """Step after step `(rows, given, places, nats, logits)`: of these rows the tokens at `given` were read, and
         stand at `places` of the step's nats [B, L] and logits [B, L, V]. The next step overwrites those."""
         tokens = tokens.to(self.device)
-        read = torch.zeros(self.batch, dtype=torch.long)
-        while (read < tokens.shape[1]).any():
+        groups = self._rows_by_place()  # which are at different tokens once all are at the same place
+        read = [0] * len(groups)
+        while min(read) < tokens.shape[1]:
             moves = []
-            for host, rows, filled in self._rows_by_place():
-                start = int(read[host[0]])
-                count = min(tokens.shape[1] - start, self._length - filled)
+            for i, (host, rows, _) in enumerate(groups):
+                filled = int(self._filled[host[0]])
+                count = min(tokens.shape[1] - read[i], self._length - filled)
                 if count:
-                    given, places = slice(start, start + count), slice(filled, filled + count)
+                    given, places = slice(read[i], read[i] + count), slice(filled, filled + count)
                     self._tokens[rows, places] = tokens[rows, given]
-                    moves.append((host, rows, given, places))
+                    moves.append((i, host, rows, given, places))
             nats, logits, state = self._play(self._read_segment)
-            for host, rows, given, places in moves:
+            for i, host, rows, given, places in moves:
                 if places.stop == self._length:
                     self._go_on(rows, logits, state)
-                read[host], self._filled[host] = given.stop, places.stop % self._length
+                read[i], self._filled[host] = given.stop, places.stop % self._length
                 yield rows, given, places, nats, logits
         self._left_open()
 
