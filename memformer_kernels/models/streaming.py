@@ -184,12 +184,12 @@ class Stream:
 
     def _play(self, body: Callable[[], Result]) -> Result:
         """Calls it, or replays its graph."""
-        if not self.capture:
-            return body()
-        if body.__name__ not in self._recordings:
-            with cast_anew():
+        with cast_anew():
+            if not self.capture:
+                return body()
+            if body.__name__ not in self._recordings:
                 self._recordings[body.__name__] = Recording(body, self.device, pool=self._pool)
-        return self._recordings[body.__name__].replay()
+            return self._recordings[body.__name__].replay()
 
     def _follow_model(self) -> None:
         """Forgets the recordings where they are no longer of the model as it is."""
