@@ -170,10 +170,7 @@ def test_stream_begins_with_a_given_memory(model, text, same_bits):
     memory = torch.randn(B, 3, 16)
     texts = stream(model, B, memory=memory)
     assert same_bits(texts.memory, memory)
-    assert not torch.equal(texts.read(text[:, :L])[:, 1:], stream(model, B).read(text[:, :L])[:, 1:]) or isinstance(
-        model, Memformer
-    )
-    texts.read(text)
+    assert not torch.allclose(texts.read(text), stream(model, B).read(text))
     assert not torch.equal(texts.memory, memory)
 
 
@@ -289,9 +286,11 @@ def test_autocast_may_change_between_calls(model, text, recorded, same_bits):
     with torch.autocast("cpu", torch.bfloat16):
         assert same_bits(texts.read(text), want.read(text))
         assert same_bits(texts.extend(text[:, :1]), want.extend(text[:, :1]))
-        model.load_state_dict({name: t * 1.5 for name, t in model.state_dict().items()})  # casts are not kept
+        model.load_state_dict({name: t * 1.5 for name, t in model.state_dict().items()})
         texts.reset()
-        assert same_bits(texts.read(text), model.start(B).read(text))
+        trained = texts.read(text)
+    with torch.autocast("cpu", torch.bfloat16):  # casts of before the training are not kept
+        assert same_bits(trained, model.start(B).read(text))
 
 
 def test_streams_in_inference_mode_go_on_outside(model, text, same_bits):
@@ -441,7 +440,8 @@ def folder(request, tmp_path_factory):
     return folder
 
 
-def test_command_tells_the_bits_of_a_file_and_of_standard_input(folder, tmp_path, call):
+def test_command_tells_the_bits_of_a_file_and_of_standard_input(folder, tmp_path, monkeypatch, call):
+    monkeypatch.setattr(cli_stream, "CHUNK", 100)
     content = bytes(range(256)) + b"the end"  # many segments, and an open one
     (tmp_path / "text").write_bytes(content)
     code, out, err = call(folder, tmp_path / "text", "--json", tmp_path / "figures.json")
