@@ -13,7 +13,7 @@ class Decoding(Stream):
     Beside the stream's state it holds keys and values of the open segment and of what its tokens attend to besides,
     in buffers of the segment's length. A step is the same for every token: where it stands is read from a tensor.
 
-    A model that is trained in place is seen by `decode` from the next segment on.
+    Where the model is trained in place, an open segment keeps what it holds of it as it was.
     """
 
     @apart

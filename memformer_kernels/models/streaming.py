@@ -48,6 +48,8 @@ class Stream:
     every tensor keeps its address, and a call allocates what it returns and a segment's work. A call of `read` takes
     one step of a whole segment for each segment that it touches: many tokens at a time are fastest.
 
+    `memory`, [B, M, C], is the memory itself: to be looked at, where `state` copies.
+
     A text's results depend on its tokens alone: not on the pieces that they come in, nor on the texts beside it.
 
     The model may be trained in place, and later reads see it. Where its parameters were replaced, the steps are
@@ -140,6 +142,7 @@ class Stream:
         """Step after step `(rows, given, places, nats, logits)`: of these rows the tokens at `given` were read, and
         stand at `places` of the step's nats [B, L] and logits [B, L, V]. The next step overwrites those."""
         tokens = tokens.to(self.device)
+        self._left_open()
         groups = self._rows_by_place()  # which are at different tokens once all are at the same place
         read = [0] * len(groups)
         while min(read) < tokens.shape[1]:
@@ -157,7 +160,6 @@ class Stream:
                     self._go_on(rows, logits, state)
                 read[i], self._filled[host] = given.stop, places.stop % self._length
                 yield rows, given, places, nats, logits
-        self._left_open()
 
     def _rows_by_place(self) -> list[tuple[Tensor, slice | Tensor, int]]:
         """The rows whose open segments are equally full, as an index on the CPU and one on the device, and how full."""
