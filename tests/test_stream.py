@@ -368,6 +368,23 @@ def test_what_decode_returns_is_overwritten_and_what_extend_returns_is_not(model
     assert same_bits(first, kept)
 
 
+def test_after_an_interrupted_read_decoding_goes_on_from_what_was_read(model, text, monkeypatch, same_bits):
+    def interrupted(tokens, state, read=model.read_segment):
+        steps.append(tokens)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return read(tokens, state)
+
+    texts, other, steps = model.start(B), model.start(B), []
+    texts.extend(text[:, :1])
+    monkeypatch.setattr(model, "read_segment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        texts.read(text[:, 1 : 2 * L])
+    other.load_state(texts.state())
+    assert same_bits(texts.extend(text[:, L : L + 1]), other.extend(text[:, L : L + 1]))
+    assert same_bits(texts.memory, other.memory)
+
+
 # Refusals
 
 
