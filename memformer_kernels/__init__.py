@@ -2,7 +2,16 @@
 
 from memformer_kernels.backend import explain
 from memformer_kernels.layers import MemoryProjection, MemoryRead, MemoryWrite
-from memformer_kernels.models import PRESETS, Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, generate
+from memformer_kernels.models import (
+    PRESETS,
+    Memformer,
+    MemformerConfig,
+    MemformerLM,
+    MemformerLMConfig,
+    Stream,
+    generate,
+    stream,
+)
 from memformer_kernels.ops.memory_forget import memory_forget
 from memformer_kernels.ops.memory_read import memory_read
 from memformer_kernels.ops.memory_write import memory_write
@@ -17,10 +26,12 @@ __all__ = [
     "MemoryProjection",
     "MemoryRead",
     "MemoryWrite",
+    "Stream",
     "explain",
     "generate",
     "memory_forget",
     "memory_read",
     "memory_replay",
     "memory_write",
+    "stream",
 ]

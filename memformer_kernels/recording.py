@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
+from torch import nn
 
 Result = TypeVar("Result")
 
@@ -95,3 +96,25 @@ def aside(device: torch.device) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
         torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextlib.contextmanager
+def cast_anew() -> Iterator[None]:
+    """Autocast casts a weight at every use. What it keeps until its end, no recording may read."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
+def dependencies_of(module: nn.Module) -> tuple:
+    """What a recording of a module is made for besides its arguments: when this changed, it must be made anew.
+
+    The addresses of parameters and buffers, not what stands there; whether it is training; and autocast.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    kinds = sorted({t.device.type for t in tensors if torch.amp.is_autocast_available(t.device.type)})
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    return [(t.data_ptr(), t.dtype, t.device) for t in tensors], module.training, autocast

@@ -13,7 +13,7 @@ from memformer_kernels.layers import (
     MemoryWrite,
     SelfAttention,
 )
-from memformer_kernels.layers.transformer import KeyValueCache
+from memformer_kernels.layers.transformer import KeyValueCache, look_from
 
 B, L, M, H, D = 2, 5, 3, 2, 4
 C = H * D
@@ -220,7 +220,8 @@ def test_cached_attention_equals_attention_at_once(x, steps):
         want = layer(x)
         cache, position, made = KeyValueCache(B, H, L, D, x), 0, []
         for step in steps:
-            made.append(layer(x[:, position : position + step], cache=cache, position=position))
+            look_from([cache], torch.arange(position, position + step).expand(B, -1))
+            made.append(layer(x[:, position : position + step], cache=cache))
             position += step
     close(torch.cat(made, 1), want)
 

@@ -12,6 +12,7 @@ import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.search(r"```python\n(import torch.*?)```", README, re.DOTALL)[1]
+WITHOUT_END = re.search(r"```python\n(from memformer_kernels import stream.*?)```", README, re.DOTALL)[1]
 COMMANDS = re.findall(r"^memformer-kernels ([^#\n]*)", README, re.MULTILINE)
 
 
@@ -20,6 +21,8 @@ def test_the_ten_lines_run():
     exec(PYTHON, names)
     assert names["more"].shape == (8, 50)
     assert all(p.grad is not None for p in names["model"].parameters())
+    exec(WITHOUT_END, names)
+    assert names["nats"].shape == names["text"].shape and names["more"].shape == (8, 50)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,8 @@ def folder(tmp_path_factory):
 
 
 def test_the_readme_names_every_command():
-    assert {command.split()[0] for command in COMMANDS} == {"doctor", "check", "train", "generate", "bench", "tune"}
+    commands = {"doctor", "check", "train", "generate", "stream", "bench", "tune"}
+    assert {command.split()[0] for command in COMMANDS} == commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from memformer_kernels.models import Memformer, MemformerLM
+from memformer_kernels.cli import byte_models
 from memformer_kernels.models import generate as continue_prompt
-from memformer_kernels.models.pretrained import model_name
 
 CHUNK = 64  # bytes between two writes to the terminal
 
@@ -17,11 +16,7 @@ def generate(
 ) -> None:
     if not prompt:
         raise ValueError("generate: the prompt must hold at least one byte")
-    models = {cls.__name__: cls for cls in (MemformerLM, Memformer)}
-    name = model_name(folder)
-    model = models[name].from_pretrained(folder).to(device).eval()
-    if model.config.vocabulary != 256:
-        raise ValueError(f"{folder}: is a model of {model.config.vocabulary} tokens, not of bytes (256)")
+    model = byte_models.load(folder, device)
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([list(prompt)], device=device)
     decoding = None

@@ -1,5 +1,7 @@
 """Transformer layers with a memory: pre-norm, three sublayers each, as in the paper."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,17 +11,43 @@ from memformer_kernels.layers.memory import KeyValue, MemoryRead, merge_heads, s
 
 
 class KeyValueCache:
-    """Keys and values of the tokens of one segment decoded so far, in buffers of the segment's length."""
+    """Keys and values that one layer made of the open segment's tokens, in buffers of the segment's length.
+
+    Its tensors keep their addresses, and their shapes do not depend on how full they are: a step that extends it can be
+    recorded. `look_from` says where the next tokens stand.
+    """
 
     def __init__(self, batch: int, heads: int, length: int, width: int, like: Tensor):
         self.key = like.new_zeros(batch, heads, length, width)
         self.value = torch.zeros_like(self.key)
+        self.place: Tensor | None = None  # [B, n]
+        self.visible: Tensor | None = None  # [B, 1, n, length], added to the logits
 
-    def extend(self, key: Tensor, value: Tensor, position: int) -> KeyValue:
-        """Stores those of the tokens from `position` on, returns those of all tokens up to the last of them."""
-        end = position + key.shape[2]
-        self.key[:, :, position:end], self.value[:, :, position:end] = key, value
-        return self.key[:, :, :end], self.value[:, :, :end]
+    def clear(self) -> None:
+        self.key.zero_()
+        self.value.zero_()
+
+    def extend(self, key: Tensor, value: Tensor) -> KeyValue:
+        """Stores those of the next tokens, [B, H, n, D], and returns those of the whole segment."""
+        if self.place is None:
+            self.key.copy_(key)
+            self.value.copy_(value)
+            return key, value
+        index = self.place[:, None, :, None].expand_as(key)
+        return self.key.scatter_(2, index, key), self.value.scatter_(2, index, value)
+
+
+def look_from(caches: Sequence[KeyValueCache], place: Tensor | None) -> None:
+    """The next tokens stand at `place`, integer [B, n], of their segment; None: they are all of it."""
+    visible = None
+    if place is not None:
+        key = caches[0].key
+        hidden = torch.arange(key.shape[2], device=key.device) > place[..., None]
+        # numbers and not booleans, which attention would turn into numbers in every layer
+        visible = torch.zeros(hidden.shape, dtype=key.dtype, device=key.device)
+        visible = visible.masked_fill(hidden, float("-inf"))[:, None]
+    for cache in caches:
+        cache.place, cache.visible = place, visible
 
 
 class SelfAttention(nn.Module):
@@ -29,45 +57,33 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(
-        self, x: Tensor, *, token_mask: Tensor | None = None, cache: KeyValueCache | None = None, position: int = 0
-    ) -> Tensor:
-        """x [B, L, C] to [B, L, C]. With a cache, x holds the tokens of the segment from `position` on."""
+    def forward(self, x: Tensor, *, token_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """x [B, L, C] to [B, L, C]. With a cache, x holds the tokens that stand where it looks from."""
         projected = fused.linear(x, self.query_key_value)
-        attended = self.attend(projected, token_mask=token_mask, cache=cache, position=position)
-        return fused.linear(attended, self.output)
+        return fused.linear(self.attend(projected, token_mask=token_mask, cache=cache), self.output)
 
-    def attend(
-        self, projected: Tensor, *, token_mask: Tensor | None, cache: KeyValueCache | None, position: int
-    ) -> Tensor:
+    def attend(self, projected: Tensor, *, token_mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         """Between the projections: query, key and value side by side, [B, L, 3 C], to [B, L, C]."""
         dropout = self.dropout if self.training else 0.0
         if cache is None and token_mask is None and not dropout:
             return fused.self_attention(projected, self.heads, causal=self.causal)
         query, key, value = (split_heads(p, self.heads) for p in projected.chunk(3, -1))
+        mask = None if token_mask is None else self._mask(token_mask)
         if cache is not None:
-            key, value = cache.extend(key, value, position)
-        output = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=self._mask(query, key, token_mask),
-            dropout_p=dropout,
-            is_causal=self.causal and token_mask is None and query.shape[2] == key.shape[2],
+            key, value = cache.extend(key, value)
+            mask = cache.visible
+        causal = self.causal and mask is None
+        return merge_heads(
+            scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         )
-        return merge_heads(output)
 
-    def _mask(self, query: Tensor, key: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """True where visible, or None where `is_causal` or nothing at all says it."""
-        length, total = query.shape[2], key.shape[2]
-        mask = None
-        if self.causal and (token_mask is not None or 1 < length < total):
-            mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
-        if token_mask is not None:
-            # a token always sees itself, so that a padded row stays finite
-            own = torch.eye(length, total, dtype=torch.bool, device=query.device)
-            mask = (token_mask[:, None, None, :] if mask is None else mask & token_mask[:, None, None, :]) | own
-        return mask
+    def _mask(self, token_mask: Tensor) -> Tensor:
+        """True where visible, [B, 1, L, L]. A token always sees itself, so that a padded row stays finite."""
+        length = token_mask.shape[1]
+        mask = token_mask[:, None, None, :].expand(-1, 1, length, length)
+        if self.causal:
+            mask = mask.tril()
+        return mask | torch.eye(length, dtype=torch.bool, device=token_mask.device)
 
 
 class CrossAttention(nn.Module):
@@ -134,11 +150,10 @@ class Layer(nn.Module):
         *,
         token_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        position: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The first sublayer, in residual form: needs nothing but the tokens."""
         x, projected = self._normalised(0, x, branch, self.self_attention.query_key_value)
-        attended = self.self_attention.attend(projected, token_mask=token_mask, cache=cache, position=position)
+        attended = self.self_attention.attend(projected, token_mask=token_mask, cache=cache)
         return x, self.dropout(fused.linear(attended, self.self_attention.output))
 
     def _normalised(self, sublayer: int, x: Tensor, branch: Tensor | None, f: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -173,7 +188,7 @@ class MemoryLayer(Layer):
     def forward(self, x: Tensor, memory: KeyValue, **tokens: object) -> Tensor:
         """x [B, L, C], this layer's memory (key, value) [B, H, M, D] each, to [B, L, C].
 
-        `tokens`: `token_mask` [B, L] bool, True where there is a token; or a `cache` and the `position` that x is from.
+        `tokens`: `token_mask` [B, L] bool, True where there is a token; or a `cache`.
         """
         x, branch = self.read(*self.attend_to_itself(x, None, **tokens), memory)
         return x + branch

@@ -4,5 +4,15 @@ from memformer_kernels.models.config import PRESETS, MemformerConfig, MemformerL
 from memformer_kernels.models.generation import generate
 from memformer_kernels.models.memformer import Memformer
 from memformer_kernels.models.memformer_lm import MemformerLM
+from memformer_kernels.models.streaming import Stream, stream
 
-__all__ = ["PRESETS", "Memformer", "MemformerConfig", "MemformerLM", "MemformerLMConfig", "generate"]
+__all__ = [
+    "PRESETS",
+    "Memformer",
+    "MemformerConfig",
+    "MemformerLM",
+    "MemformerLMConfig",
+    "Stream",
+    "generate",
+    "stream",
+]

@@ -1,30 +1,32 @@
 """Sampling from a model, token after token, with the memory carried: any length, constant memory."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from memformer_kernels.models.decoding import Decoding
+from memformer_kernels.models.recurrent import Recurrent
 
 
 @torch.no_grad()
 def generate(
-    model,
+    model: Recurrent,
     prompt: Tensor,
     length: int,
     *,
-    decoding: Any = None,
+    decoding: Decoding | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Any]:
-    """Continues a prompt.
+) -> tuple[Tensor, Decoding]:
+    """Continues a prompt. On a GPU the steps are CUDA graphs: recorded once for a decoding, replayed for each token.
 
     Args:
         model: a `MemformerLM` or `Memformer`, in evaluation mode.
         prompt: integer [B, P], P >= 1, any length: whole segments of it are read in parallel.
         length: tokens to make.
-        decoding: what an earlier call returned, to go on from there: `prompt` then follows what that call read. The
-            last token that a call returns has not been read yet: it belongs at the start of the next prompt.
+        decoding: what an earlier call returned, or `model.start`, to go on from there: `prompt` then follows what that
+            call read. The last token that a call returns has not been read yet: it belongs at the start of the next
+            prompt.
         temperature: 0 takes the most likely token.
         top_k: sample among the k most likely only.
         generator: the source of randomness; PyTorch's default one otherwise.
@@ -39,21 +41,13 @@ def generate(
             raise ValueError(f"generate: {name} must be at least {least}, got {value}")
     if decoding is None:
         decoding = model.start(prompt.shape[0])
-    logits = _read(model, prompt, decoding)
+    logits = decoding.read_prompt(prompt)
     made = prompt.new_empty(prompt.shape[0], length)
     for i in range(length):
         made[:, i] = token = _sample(logits, temperature, top_k, generator)
         if i + 1 < length:
-            logits = model.extend(token[:, None], decoding)[:, -1]
+            logits = decoding.decode(token[:, None])
     return made, decoding
-
-
-def _read(model, prompt: Tensor, decoding: Any) -> Tensor:
-    while prompt.shape[1]:
-        room = model.config.segment_length - decoding.position
-        logits = model.extend(prompt[:, :room], decoding)[:, -1]
-        prompt = prompt[:, room:]
-    return logits
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

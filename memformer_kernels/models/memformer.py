@@ -1,19 +1,21 @@
 """`Memformer`: the encoder-decoder of the paper."""
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from memformer_kernels.layers import DecoderLayer, MemoryLayer, MemoryProjection, MemoryWrite, fused
+from memformer_kernels.layers.memory import KeyValue
 from memformer_kernels.layers.transformer import KeyValueCache
 from memformer_kernels.models.config import MemformerConfig
 from memformer_kernels.models.initialisation import initialise
 from memformer_kernels.models.many_segments import segment_losses, side_by_side, token_losses
 from memformer_kernels.models.positions import positions_of
-from memformer_kernels.models.pretrained import Pretrained
+from memformer_kernels.models.recurrent import Recurrent, State
 from memformer_kernels.replay import StagedCell
 
 
-class Memformer(Pretrained):
+class Memformer(Recurrent):
     """The encoder reads segment t with the memory and writes it; the decoder predicts segment t + 1 from its states.
 
     >>> model = Memformer(MemformerConfig())
@@ -113,7 +115,7 @@ class Memformer(Pretrained):
     def _before_memory(self, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Tokens to what the first encoder layer reads the memory with, [B, L, C]."""
         self.check_segment(tokens)
-        x = self._embed(tokens, self.encoder_position(positions_of(tokens, token_mask=token_mask)))
+        x = self._embed(tokens, self.encoder_position(positions_of(tokens, token_mask)))
         x, branch = self.encoder[0].attend_to_itself(x, None, token_mask=token_mask)
         return x + branch
 
@@ -123,45 +125,22 @@ class Memformer(Pretrained):
     def _logits(self, x: Tensor, branch: Tensor | None) -> Tensor:
         return fused.residual_norm_linear(x, branch, self.norm, self.head)[1]
 
-    def start(self, batch: int, memory: Tensor | None = None) -> "Decoding":
-        """The beginning of a text after `memory`, to be filled with `extend`."""
-        return Decoding(self, self.initial_memory(batch) if memory is None else memory)
+    def initial_state(self, batch: int) -> State:
+        # keys and values are projected without a bias: attention to states of zeros adds nothing, as to none at all
+        memory, c = self.initial_memory(batch), self.config
+        return {"memory": memory, "states": memory.new_zeros(batch, c.segment_length, c.width)}
 
-    def extend(self, tokens: Tensor, decoding: "Decoding") -> Tensor:
-        """Appends tokens [B, n] that fit the open segment; logits [B, n, V] of the token after each.
+    def read_segment(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        states, memory = self.encode(tokens, state["memory"])
+        return self.decode(tokens, state["states"]), {"memory": memory, "states": states}
 
-        A full segment is encoded and written at once, and the next is decoded from its states.
-        """
-        self.check_segment(tokens, decoding.position)
-        x, branch = self._embed(tokens, self.decoder_position(positions_of(tokens, decoding.position))), None
-        for layer, context, cache in zip(self.decoder, decoding.contexts, decoding.caches, strict=True):
-            options = dict(context_mask=None, cache=cache, position=decoding.position)
-            x, branch = layer.decode(x, branch, context, **options)
-        decoding.append(tokens, self)
+    def contexts(self, state: State) -> list[KeyValue]:
+        return [layer.cross_attention.project(state["states"]) for layer in self.decoder]
+
+    def read_open_segment(
+        self, tokens: Tensor, contexts: Sequence[KeyValue], caches: Sequence[KeyValueCache]
+    ) -> Tensor:
+        x, branch = self._embed(tokens, self.decoder_position(positions_of(tokens, cache=caches[0]))), None
+        for layer, context, cache in zip(self.decoder, contexts, caches, strict=True):
+            x, branch = layer.decode(x, branch, context, context_mask=None, cache=cache)
         return self._logits(x, branch)
-
-
-class Decoding:
-    """A text being decoded: its memory, the states of the last full segment, the open segment and its caches."""
-
-    def __init__(self, model: Memformer, memory: Tensor):
-        nothing = memory.new_zeros(memory.shape[0], 0, memory.shape[2])
-        self._open(model, memory, nothing)
-
-    def _open(self, model: Memformer, memory: Tensor, states: Tensor) -> None:
-        c, batch = model.config, memory.shape[0]
-        self.memory, self.position = memory, 0
-        self.contexts = [layer.cross_attention.project(states) for layer in model.decoder]
-        like = self.contexts[0][0]
-        self.caches = [
-            KeyValueCache(batch, c.heads, c.segment_length, c.width // c.heads, like) for _ in range(c.decoder_layers)
-        ]
-        self.tokens = torch.zeros(batch, c.segment_length, dtype=torch.long, device=memory.device)
-
-    def append(self, tokens: Tensor, model: Memformer) -> None:
-        end = self.position + tokens.shape[1]
-        self.tokens[:, self.position : end] = tokens
-        self.position = end
-        if end == model.config.segment_length:
-            states, memory = model.encode(self.tokens, self.memory)
-            self._open(model, memory, states)

@@ -1,5 +1,7 @@
 """`MemformerLM`: the decoder-only Memformer."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from memformer_kernels.layers import MemoryLayer, MemoryProjection, MemoryWrite, fused
@@ -9,11 +11,11 @@ from memformer_kernels.models.config import MemformerLMConfig
 from memformer_kernels.models.initialisation import initialise
 from memformer_kernels.models.many_segments import segment_losses, side_by_side, token_losses
 from memformer_kernels.models.positions import positions_of
-from memformer_kernels.models.pretrained import Pretrained
+from memformer_kernels.models.recurrent import Recurrent, State
 from memformer_kernels.replay import StagedCell
 
 
-class MemformerLM(Pretrained):
+class MemformerLM(Recurrent):
     """Reads a text segment by segment: each token sees its segment, and the slots that all segments before wrote.
 
     >>> model = MemformerLM(MemformerLMConfig())
@@ -62,7 +64,8 @@ class MemformerLM(Pretrained):
         """
         if memory is None:
             memory = self.initial_memory(tokens.shape[0])
-        states = self._states(tokens, memory, token_mask)
+        x = self._before_memory(tokens, token_mask)
+        states = self._with_memory(x, self.projection(memory), token_mask)
         return fused.linear(states, self.head), self.write(memory, states, token_mask=token_mask)
 
     def loss(self, segment: tuple[Tensor, Tensor], memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,65 +92,42 @@ class MemformerLM(Pretrained):
         losses = side_by_side(lambda s, t: token_losses(fused.linear(s, self.head), t), states, targets)
         return segment_losses(losses, targets)
 
-    def _before_memory(self, tokens: Tensor, token_mask: Tensor | None = None, **cached) -> Tensor:
+    def _before_memory(
+        self, tokens: Tensor, token_mask: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Tokens to what the first layer reads the memory with, [B, L, C]."""
-        self.check_segment(tokens, cached.get("position", 0))
-        positions = positions_of(tokens, cached.get("position", 0), token_mask)
-        x = self.dropout(self.embedding(tokens) + self.position(positions))
-        x, branch = self.layers[0].attend_to_itself(x, None, token_mask=token_mask, **cached)
+        self.check_segment(tokens)
+        x = self.dropout(self.embedding(tokens) + self.position(positions_of(tokens, token_mask, cache)))
+        x, branch = self.layers[0].attend_to_itself(x, None, token_mask=token_mask, cache=cache)
         return x + branch
 
     def _with_memory(
-        self, x: Tensor, slots: list[KeyValue], token_mask: Tensor | None = None, caches=None, position: int = 0
+        self,
+        x: Tensor,
+        slots: list[KeyValue],
+        token_mask: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
         """From there to the final states."""
         x, branch = self.layers[0].read(x, None, slots[0])
         for i, layer in enumerate(self.layers[1:], 1):
             cache = None if caches is None else caches[i]
-            x, branch = layer.attend_to_itself(x, branch, token_mask=token_mask, cache=cache, position=position)
+            x, branch = layer.attend_to_itself(x, branch, token_mask=token_mask, cache=cache)
             x, branch = layer.read(x, branch, slots[i])
         return fused.residual_norm(x, branch, self.norm)[1]
 
-    def _states(
-        self, tokens: Tensor, memory: Tensor, token_mask: Tensor | None = None, decoding: "Decoding | None" = None
+    def initial_state(self, batch: int) -> State:
+        return {"memory": self.initial_memory(batch)}
+
+    def read_segment(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        logits, memory = self(tokens, state["memory"])
+        return logits, {"memory": memory}
+
+    def contexts(self, state: State) -> list[KeyValue]:
+        return self.projection(state["memory"])
+
+    def read_open_segment(
+        self, tokens: Tensor, contexts: Sequence[KeyValue], caches: Sequence[KeyValueCache]
     ) -> Tensor:
-        if decoding is None:
-            return self._with_memory(self._before_memory(tokens, token_mask), self.projection(memory), token_mask)
-        position, caches = decoding.position, decoding.caches
-        x = self._before_memory(tokens, cache=caches[0], position=position)
-        return self._with_memory(x, decoding.slots, caches=caches, position=position)
-
-    def start(self, batch: int, memory: Tensor | None = None) -> "Decoding":
-        """An empty segment after `memory`, to be filled token by token with `extend`."""
-        return Decoding(self, self.initial_memory(batch) if memory is None else memory)
-
-    def extend(self, tokens: Tensor, decoding: "Decoding") -> Tensor:
-        """Appends tokens [B, n] that fit the open segment; logits [B, n, V]. A full segment is written at once."""
-        self.check_segment(tokens, decoding.position)
-        states = self._states(tokens, decoding.memory, decoding=decoding)
-        decoding.append(states, self)
-        return self.head(states)
-
-
-class Decoding:
-    """A text being decoded: its memory, and the open segment's caches and states. Constant size at any length."""
-
-    def __init__(self, model: MemformerLM, memory: Tensor):
-        self._open(model, memory)
-
-    def _open(self, model: MemformerLM, memory: Tensor) -> None:
-        c, batch = model.config, memory.shape[0]
-        self.memory, self.position = memory, 0
-        self.slots = model.projection(memory)
-        like = self.slots[0][0]
-        self.caches = [
-            KeyValueCache(batch, c.heads, c.segment_length, c.width // c.heads, like) for _ in range(c.layers)
-        ]
-        self.states = like.new_zeros(batch, c.segment_length, c.width)
-
-    def append(self, states: Tensor, model: MemformerLM) -> None:
-        end = self.position + states.shape[1]
-        self.states[:, self.position : end] = states
-        self.position = end
-        if end == model.config.segment_length:
-            self._open(model, model.write(self.memory, self.states))
+        states = self._with_memory(self._before_memory(tokens, cache=caches[0]), contexts, caches=caches)
+        return fused.linear(states, self.head)

@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor
 
+from memformer_kernels.layers.transformer import KeyValueCache
 
-def positions_of(tokens: Tensor, start: int = 0, token_mask: Tensor | None = None) -> Tensor:
-    """For tokens [B, L] that begin at `start`: [L], or with a mask [B, L], where padding takes no position."""
+
+def positions_of(tokens: Tensor, token_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    """Of tokens [B, L]: [L], with a mask [B, L], where padding takes no position, with a cache where it looks from."""
+    if cache is not None and cache.place is not None:
+        return cache.place
     if token_mask is None:
-        return torch.arange(start, start + tokens.shape[1], device=tokens.device)
-    return (token_mask.cumsum(-1) - 1).clamp(min=0) + start
+        return torch.arange(tokens.shape[1], device=tokens.device)
+    return (token_mask.cumsum(-1) - 1).clamp(min=0)

@@ -62,17 +62,19 @@ class Pretrained(nn.Module):
             raise files.StateFileError(f"{path}: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
         return cls.config_class(**fields)
 
-    def check_segment(self, tokens: Tensor, position: int = 0) -> None:
-        """Tokens of one segment, from `position` on."""
+    def check_segment(self, tokens: Tensor) -> None:
+        """Tokens of one segment."""
+        self.check_tokens(tokens)
+        if tokens.shape[1] > self.config.segment_length:
+            raise ValueError(
+                f"{type(self).__name__}: tokens must hold at most segment_length = {self.config.segment_length} "
+                f"a segment, got {tokens.shape[1]}"
+            )
+
+    def check_tokens(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(
                 f"{type(self).__name__}: tokens must be integer [B, L], got {tokens.dtype} {list(tokens.shape)}"
-            )
-        if position + tokens.shape[1] > self.config.segment_length:
-            before = f" after {position}" if position else ""
-            raise ValueError(
-                f"{type(self).__name__}: tokens must hold at most segment_length = {self.config.segment_length} "
-                f"a segment, got {tokens.shape[1]}{before}"
             )
 
 

@@ -1,0 +1,149 @@
+"""Time per token and device memory of reading ever longer texts, and tokens a second of decoding.
+
+    python benchmarks/streaming.py --out results
+
+The paper's sizes in bfloat16, 1 and 16 texts side by side. A series reads one text on and on, 4,096 tokens a call, and
+is measured between lengths that grow by four: a model of linear time and constant memory takes the same time for every
+token, and holds the same bytes. Each series stops at 4 M tokens, or before the length for which its share of 70 seconds
+is too short.
+Decoding is greedy, with the steps as CUDA graphs and with the same steps called one by one. Writes streaming.json and
+streaming.png.
+
+A CPU measures nothing: there a tiny model runs, to show that this does.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from memformer_kernels import PRESETS, Memformer, MemformerLM, MemformerLMConfig, generate, stream
+
+CALL = 4096  # tokens of a text that are read at once
+LENGTHS = [4**i for i in range(6, 12)]  # 4 K to 4 M
+SERIES = [(preset, batch) for preset in ("paper-replay", "paper-wikitext") for batch in (1, 16)]
+SECONDS = 70.0  # of all series
+DECODED = {True: 1024, False: 128}  # tokens, with graphs and without
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+if not GPU:
+    CALL, LENGTHS, SERIES, DECODED = 64, [64, 256, 1024], [("small", 1), ("small", 2)], {True: 16, False: 16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of streaming.json and streaming.png")
+    out = parser.parse_args().out
+    started = time.perf_counter()
+    machine = (
+        torch.cuda.get_device_name() if GPU else "a CPU, which measures nothing: a tiny model, to show that it runs"
+    )
+    print(f"on {machine}; torch {torch.__version__}")
+    report = {"machine": machine, "torch": torch.__version__, "dtype": "bfloat16", "reading": [], "decoding": []}
+    for i, (preset, batch) in enumerate(SERIES):
+        model, seconds = make(preset), (SECONDS - (time.perf_counter() - started)) / (len(SERIES) - i)
+        about = {"preset": preset, "config": dataclasses.asdict(model.config), "batch": batch}
+        report["reading"].append({**about, **reading(model, batch, seconds)})
+        report["decoding"].append({**about, **decoding(model, batch)})
+        tell(report["reading"][-1], report["decoding"][-1])
+    report["seconds"] = time.perf_counter() - started
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "streaming.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, out / "streaming.png")
+    print(f"{report['seconds']:.0f} s; written: {out / 'streaming.json'}, {out / 'streaming.png'}")
+
+
+def make(preset: str) -> Memformer | MemformerLM:
+    torch.manual_seed(0)
+    config = PRESETS[preset]
+    model = (MemformerLM if isinstance(config, MemformerLMConfig) else Memformer)(config)
+    return model.to(DEVICE, torch.bfloat16).eval()
+
+
+def reading(model, batch: int, seconds: float) -> dict:
+    """One text on and on, measured at every length."""
+    texts, tokens = stream(model, batch), torch.randint(256, (batch, CALL), device=DEVICE)
+    for _ in range(2):
+        texts.read(tokens)
+    texts.reset()
+    gc.collect()
+    rows, before, started = [], 0, now()
+    for length in LENGTHS:
+        if rows and now() - started + rows[-1]["seconds_a_token"] * (length - before) > seconds:
+            break
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        since = now()
+        for _ in range((length - before) // CALL):
+            texts.read(tokens)
+        rows.append({"tokens": length, "seconds_a_token": (now() - since) / (length - before), **held()})
+        before = length
+    times = [row["seconds_a_token"] for row in rows]
+    bytes_held = {tuple(row[name] for name in held()) for row in rows}
+    return {"rows": rows, "slowest_over_fastest": max(times) / min(times), "same_bytes": len(bytes_held) == 1}
+
+
+def decoding(model, batch: int) -> dict:
+    rates = {}
+    for graphs, length in DECODED.items():
+        texts, prompt = model.start(batch, capture=graphs), torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
+        generate(model, prompt, 2 * model.config.segment_length if graphs else 8, decoding=texts, temperature=0)
+        texts.reset()
+        since = now()
+        generate(model, prompt, length, decoding=texts, temperature=0)
+        rates["graphs" if graphs else "calls"] = length / (now() - since)
+    return {"tokens_a_second_of_a_text": rates}
+
+
+def now() -> float:
+    """When all that was launched is done."""
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def held() -> dict:
+    """Bytes: of tensors now, of tensors at most since the last reset, and of the allocator."""
+    if not GPU:
+        return {}
+    return {
+        "allocated": torch.cuda.memory_allocated(),
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.memory_reserved(),
+    }
+
+
+def tell(read: dict, decoded: dict) -> None:
+    print(f"\n{read['preset']}, {read['batch']} side by side: slowest over fastest {read['slowest_over_fastest']:.3f}")
+    for row in read["rows"]:
+        memory = "".join(f"  {name} {row[name]:,}" for name in held())
+        print(f"{row['tokens']:>10,} tokens  {row['seconds_a_token'] * 1e6:9.3f} us a token{memory}")
+    rates = decoded["tokens_a_second_of_a_text"]
+    print(f"decoding: {rates['graphs']:,.0f} tokens/s with graphs, {rates['calls']:,.0f} without", flush=True)
+
+
+def draw(report: dict, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for series in report["reading"]:
+        lengths = [row["tokens"] for row in series["rows"]]
+        name = f"{series['preset']}, {series['batch']} side by side"
+        left.plot(lengths, [row["seconds_a_token"] * 1e6 for row in series["rows"]], marker="o", label=name)
+        if GPU:
+            right.plot(lengths, [row["peak"] / 2**20 for row in series["rows"]], marker="o", label=name)
+    for axes, what in ((left, "us a token of a text"), (right, "peak memory, MiB")):
+        axes.set(xlabel="tokens read", ylabel=what, xscale="log", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.suptitle(f"reading without end, bfloat16, on {report['machine']}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

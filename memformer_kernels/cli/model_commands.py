@@ -1,0 +1,162 @@
+"""The commands that train a model and use it: what each takes, says and returns."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memformer_kernels.cli.options import find_device, parse_numbers
+
+
+def train(
+    context: typer.Context,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Text files and folders; by default this Python's standard library.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="text, or recall: show a symbol in the first segment, ask in the last.")
+    ] = "text",
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/<task>.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, bit for bit as if never stopped.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train a twin without memory, on the same data and steps.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after this long.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Lanes of text read side by side, by all ranks together.")] = None,
+    horizons: Annotated[
+        str | None, typer.Option(help="Segments a rollout; 2,4,8 is a curriculum in equal parts.")
+    ] = None,
+    segment_length: Annotated[int | None, typer.Option(help="Tokens a segment.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Slots of the memory.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the memory's write; below 1 is sharper.")] = None,
+    retention: Annotated[
+        float | None, typer.Option(help="Norm of the forgetting bias at the start; smaller forgets slower.")
+    ] = None,
+    forgetting: Annotated[bool | None, typer.Option(help="Biased memory normalisation.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
+    method: Annotated[str | None, typer.Option(help="replay (least memory), checkpoint or bptt.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, or bfloat16 for autocast.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and the data.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; by default a GPU if there is one.")] = "auto",
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: shard the model over the ranks, with no copy on each.")
+    ] = False,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 250,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
+) -> None:
+    """Trains a MemformerLM; Ctrl-C saves, --resume goes on.
+
+    [bold]memformer-kernels train[/] learns the bytes of Python's standard library and tells, on files that were held
+    out, the bits per byte with the memory and with it reset at each segment; [bold]--compare[/] adds a twin trained
+    without memory, which is what the memory is to be judged against.
+    [bold]memformer-kernels train --task recall[/] learns to remember a symbol across segments, in under a minute.
+    [bold]torchrun --nproc-per-node 8 -m memformer_kernels.cli train[/] trains on 8 GPUs; the same run, to rounding.
+
+    Writes metrics.jsonl, loss.png, checkpoint.safetensors, config.json and model.safetensors into --out.
+    """
+    from memformer_kernels.cli.train import Job
+    from memformer_kernels.cli.train import train as run_train
+
+    chosen = {
+        "config": dict(
+            segment_length=segment_length,
+            slots=slots,
+            width=width,
+            heads=heads,
+            layers=layers,
+            dropout=dropout,
+            temperature=temperature,
+            retention=retention,
+            forgetting=forgetting,
+        ),
+        "settings": dict(
+            steps=steps,
+            batch=batch,
+            horizons=parse_numbers("--horizons", horizons),
+            learning_rate=learning_rate,
+            method=method,
+            precision=precision,
+            seed=seed,
+        ),
+    }
+    chosen = {part: {k: v for k, v in values.items() if v is not None} for part, values in chosen.items()}
+    out = out or Path("runs") / task
+    if resume:
+        _refuse_with_resume(context)
+        job = Job.load(out)
+    else:
+        job = Job.make(task, [str(p) for p in paths or []], **chosen)
+    run_train(
+        job,
+        out,
+        device=find_device(device),
+        shard=shard,
+        resume=resume,
+        compare=compare,
+        minutes=minutes,
+        validate_every=validate_every,
+        save_every=save_every,
+    )
+
+
+def generate(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A folder that `train` or `save_pretrained` wrote.")
+    ],
+    prompt: Annotated[str, typer.Option(help="Text to go on from; - reads it from standard input.")] = "import ",
+    length: Annotated[int, typer.Option(help="Bytes to make; memory use does not depend on it.")] = 400,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely byte.")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely bytes only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda; by default a GPU if there is one.")] = "auto",
+) -> None:
+    """Continues a prompt with a trained model, its memory carried from segment to segment."""
+    from memformer_kernels.cli.generate import generate as run_generate
+
+    content = sys.stdin.buffer.read() if prompt == "-" else prompt.encode()
+    run_generate(run_folder, content, length, temperature, top_k, seed, find_device(device))
+
+
+def stream(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A folder that `train` or `save_pretrained` wrote.")
+    ],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The file to read; - is standard input.")] = "-",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda; by default a GPU if there is one.")] = "auto",
+) -> None:
+    """Reads bytes without end with a trained model, in constant memory, and tells their bits per byte.
+
+    The memory is carried from the first byte to the last, and a byte costs the same wherever it stands. The first byte,
+    of which nothing is known, counts 8 bits.
+    """
+    from memformer_kernels.cli.stream import stream as run_stream
+
+    run_stream(run_folder, file, json_file, find_device(device))
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the picture.")] = Path("runs/demo"),
+    device: Annotated[str, typer.Option(help="cpu, cuda; by default a GPU if there is one.")] = "auto",
+) -> None:
+    """The whole story in a few minutes: recall, real text with its twin, peak memory; a table and a picture."""
+    from memformer_kernels.cli.demo import demo as run_demo
+
+    run_demo(out, find_device(device))
+
+
+def _refuse_with_resume(context: typer.Context) -> None:
+    """A resumed run is the same run: what makes it up stands in its folder."""
+    free = {"out", "task", "resume", "compare", "device", "shard", "minutes", "validate_every", "save_every"}
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in free and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--resume takes {name.replace('_', '-')} from the run in --out; leave it out")
