@@ -60,6 +60,7 @@ class Decoding(Stream):
         self._filled += 1
         self._place += 1
         if (self._filled == self._length).any():
+            logits = logits.clone()  # of which the next steps' graphs may run over
             self._end_segments()
         return logits
 

@@ -131,7 +131,7 @@ class Stream:
         self._follow_model()
         host, index = self._rows(rows)
         for name, fresh in self.model.initial_state(self.batch).items():
-            self._state[name][index] = fresh[index]
+            self._state[name][index] = fresh[index].to(self._state[name].dtype)
         self._next[index], self._tokens[index], self._filled[host] = 0, 0, 0
         self._left_open()
 

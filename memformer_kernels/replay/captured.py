@@ -158,10 +158,10 @@ class CapturedRollout:
 
     def pull(self, record: _Record, arguments: Tree, grads: Grads, totals: Totals) -> Grads:
         capture = record.capture
+        totals.own()  # what the last backward lent is overwritten now
         if self.store.pending is not record.ticket:
             capture.run_again(arguments, record.random)
         self.store.pending = None
-        totals.own()  # what the last backward lent is overwritten now
         of_arguments, sums = capture.pull(grads, record.random)
         totals.lend({self.store.originals.get(leaf, leaf): total for leaf, total in sums.items()})
         return of_arguments
