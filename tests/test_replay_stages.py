@@ -136,6 +136,28 @@ def test_parts_run_over_as_many_segments_as_the_budget_allows():
     assert sizes["readout"][0] == 1 and max(sizes["readout"]) > 1
 
 
+def test_a_captured_rollout_takes_the_groups_of_an_uncaptured_one():
+    """Though the first state may be a view whose copy holds more: what dropout draws depends on the groups."""
+    weight = nn.Parameter(torch.rand(64, dtype=F64))
+    groups = []
+
+    def advance(x, state):
+        state = torch.tanh(torch.tanh(state.contiguous() * weight) + x)
+        return state, state
+
+    def readout(features, segments):
+        groups.append(len(features))
+        return [(f * weight).sin().sum() for f in features]
+
+    segments = [normal(2, 64, seed=t) for t in range(9)]
+    for wrap in (lambda cell: cell, _captured):
+        groups.clear()
+        memory_replay(wrap(StagedCell(advance, readout=readout)), segments, weight.expand(2, -1), reduction="mean")
+        if wrap is not _captured:
+            expected = list(groups)
+    assert groups[-len(expected) :] == expected and max(expected) > 1
+
+
 def test_with_a_reduction_the_readout_runs_once():
     model, segments = _language_model(4)
     cell, calls = model.cell, []

@@ -293,6 +293,17 @@ def test_autocast_may_change_between_calls(model, text, recorded, same_bits):
         assert same_bits(trained, model.start(B).read(text))
 
 
+def test_a_stream_opened_under_autocast(model, monkeypatch):
+    """Where the memory may be wider than the weights."""
+    model.to(torch.bfloat16)
+    initial = type(model).initial_memory
+    monkeypatch.setattr(type(model), "initial_memory", lambda self, batch: initial(self, batch).float())  # as on a GPU
+    texts = model.start(B)
+    texts.reset()
+    assert texts.memory.dtype == torch.float32
+    texts.state()
+
+
 def test_streams_in_inference_mode_go_on_outside(model, text, same_bits):
     with torch.inference_mode():
         texts = model.start(B)

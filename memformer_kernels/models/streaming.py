@@ -64,7 +64,7 @@ class Stream:
         self._length = model.config.segment_length
         self._state = {name: t.detach().clone() for name, t in model.initial_state(batch).items()}
         self.memory = self._state["memory"]
-        self.device = self.memory.device
+        self.device, self._dtype = self.memory.device, model.write.bias.dtype  # autocast has the memory wider
         self._tokens = torch.zeros(batch, self._length, dtype=torch.long, device=self.device)
         # logits of the token after the last full segment; before the first one, all tokens are equally likely
         self._next = self.memory.new_zeros(batch, model.config.vocabulary)
@@ -201,9 +201,9 @@ class Stream:
         if now == self._dependencies:
             return
         weight = self.model.write.bias
-        if (weight.device, weight.dtype) != (self.device, self.memory.dtype):
+        if (weight.device, weight.dtype) != (self.device, self._dtype):
             raise ValueError(
-                f"stream: model must stay {self.memory.dtype} on {self.device}, got {weight.dtype} on {weight.device}; "
+                f"stream: model must stay {self._dtype} on {self.device}, got {weight.dtype} on {weight.device}; "
                 "open another stream and give it this one's state(): load_state converts"
             )
         self._dependencies = now

@@ -6,6 +6,7 @@ than one graph should be is a rollout of rollouts: of all but the last the forwa
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -199,7 +200,7 @@ class _Capture:
         self._grads: list[Tensor | None] = []
         self._passes: Passes | None = None
         self._sizes: dict[str, int] = {}  # graphs hold a little more in a capture, which must not change the groups
-        draws, calls = self._try()
+        draws, calls = self._try(arguments)
         if self.store.device.type == "cuda":
             graph_random = GraphRandom(self.store.device, calls if draws else 0)
             self.surroundings = dataclasses.replace(part.surroundings, random=graph_random)
@@ -242,12 +243,12 @@ class _Capture:
         copies = iter(_copies([g for g in found if g is not None]))
         return [None if g is None else next(copies) for g in found], sums
 
-    def _run_forward(self) -> Tree:
+    def _run_forward(self, arguments: Tree) -> Tree:
         parts = python_parts(self.cell, self.surroundings, self.budget, sizes=self._sizes)
         if not torch.is_grad_enabled():
-            return Tree.of(run_parts(NoTape(), parts, *self._arguments.whole(), budget=self.budget))
+            return Tree.of(run_parts(NoTape(), parts, *arguments.whole(), budget=self.budget))
         self._passes = Passes(parts, self.surroundings, self.budget, self.weight)
-        return self._passes.forward(self._arguments.cut(), {})
+        return self._passes.forward(arguments.cut(), {})
 
     def _run_backward(self) -> tuple[Grads, dict[Tensor, Tensor]]:
         grads, totals = self._passes.backward(self._passes.tape.values, self._grads)
@@ -270,7 +271,8 @@ class _Capture:
         generators = [] if self.random is None else self.random.generators
         try:
             options = dict(pool=self.store.pool, warm_ups=0, generators=generators)
-            self._forward = Recording(on_aliases(self._run_forward), self.store.device, **options)
+            forward = on_aliases(functools.partial(self._run_forward, self._arguments))
+            self._forward = Recording(forward, self.store.device, **options)
             if any(self.needs_grad):
                 self._backward = Recording(on_aliases(self._run_backward), self.store.device, **options)
         except RuntimeError as error:
@@ -280,15 +282,18 @@ class _Capture:
         if self.random is not None:
             self.random.measure(self._forward.replay)
 
-    def _try(self) -> tuple[bool, int]:
+    def _try(self, arguments: Tree) -> tuple[bool, int]:
         """Runs it aside as it is: kernels get compiled; what it uses, draws and holds is found. Whether it draws, and
-        how many calls it makes."""
+        how many calls it makes.
+
+        On the arguments as they were given, which may be views that copies are not: what graphs hold depends on it.
+        """
         modules, random = self.surroundings.modules, self.surroundings.random
         replaced = modules.parameters_replaced(self.store.aliases)
         with random.kept(), modules.kept_if_raises(), replaced, aside(self.store.device):
             cpu, others, _ = random.get()
             buffers = versions_of(modules.buffers())
-            result = self._run_forward()
+            result = self._run_forward(arguments)
             self.needs_grad = [t.requires_grad for t in result.tensors()]
             self._grads = [torch.zeros_like(t) if t.requires_grad else None for t in result.tensors()]
             calls = 0
