@@ -258,8 +258,8 @@ def _plot(report: dict, path: Path) -> None:
             if "budget" not in row["run"]:
                 label = row["run"].removeprefix("plain ").removeprefix("compiled ").removeprefix("ours ")
                 axis.annotate(label.removesuffix(", no graphs"), (row["peak_MiB"], row["ms"]), fontsize=7)
-        axis.set(title=name, xlabel="peak memory (MiB)", ylabel="forward + backward (ms)", xscale="log", yscale="log")
-        axis.legend(fontsize=7)
+        axis.set(title=name, xlabel="peak memory (MiB)", ylabel="forward + backward (ms)")
+        _in_powers_of_two(axis)
     if "horizons" in report:
         rows = report["horizons"]["rows"]
         for axis, key, label in (
@@ -269,11 +269,23 @@ def _plot(report: dict, path: Path) -> None:
             for run in dict.fromkeys(row["run"] for row in rows):
                 points = [row for row in rows if row["run"] == run]
                 axis.plot([p["horizon"] for p in points], [p[key] for p in points], marker="o", label=run)
-            axis.set(title="long, other horizons", xlabel="segments", ylabel=label, xscale="log", yscale="log")
-            axis.legend(fontsize=7)
+            axis.set(title="long, other horizons", xlabel="segments", ylabel=label)
+            _in_powers_of_two(axis)
     figure.suptitle(f"{report['gpu']}, torch {report['torch']}, {report['dtype']}")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _in_powers_of_two(axis) -> None:
+    from matplotlib import ticker
+
+    axis.set(xscale="log", yscale="log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(ticker.LogLocator(base=2))
+        side.set_major_formatter(ticker.FormatStrFormatter("%d"))
+        side.set_minor_locator(ticker.NullLocator())
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
 
 
 if __name__ == "__main__":

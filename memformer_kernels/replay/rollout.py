@@ -23,6 +23,7 @@ from memformer_kernels.replay.totals import Totals, gradients
 from memformer_kernels.replay.tree import Tree, as_leaf
 
 Grads = list[Tensor | None]
+LARGE = 2**26  # bytes of a segment's graph, of work that fills a GPU: in groups it is no faster
 
 
 class Part(Protocol):
@@ -63,8 +64,8 @@ class Parts:
         return {name: part.bytes_each for name, part in parts.items() if part is not None}
 
     def allowed(self, budget: int | None) -> int | None:
-        """The budget of a group: by default the graph of one segment."""
-        return self.advance.bytes_each if budget is None else budget
+        """The budget of a group: by default the graph of one segment, if that is not large."""
+        return min(self.advance.bytes_each, LARGE) if budget is None else budget
 
 
 @dataclass
