@@ -15,10 +15,11 @@ from memformer_kernels.models import (
 from memformer_kernels.ops.memory_forget import memory_forget
 from memformer_kernels.ops.memory_read import memory_read
 from memformer_kernels.ops.memory_write import memory_write
-from memformer_kernels.replay import memory_replay
+from memformer_kernels.replay import CapturedCell, StagedCell, memory_replay
 
 __all__ = [
     "PRESETS",
+    "CapturedCell",
     "Memformer",
     "MemformerConfig",
     "MemformerLM",
@@ -26,6 +27,7 @@ __all__ = [
     "MemoryProjection",
     "MemoryRead",
     "MemoryWrite",
+    "StagedCell",
     "Stream",
     "explain",
     "generate",

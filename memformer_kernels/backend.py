@@ -12,11 +12,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from memformer_kernels import checks
+
+if TYPE_CHECKING:
+    from memformer_kernels.replay.estimate import Estimate
 
 FUSED = ("cuda", "triton")  # in order of preference
 BACKENDS = (*FUSED, "eager")
@@ -112,10 +116,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op: str | Callable, *arguments: Tensor, **options: object) -> Explanation:
+def explain(op: str | Callable, *arguments: Any, **options: object) -> "Explanation | Estimate":
     """Says which backend `op(*arguments, **options)` would run on, and why each other does not.
 
     `op` is one of the ops or its name. The arguments are checked as a call would check them; nothing is computed.
+    Of `"memory_replay", cell, segments, state, activation_budget=` it tells what the rollout will keep, and how many
+    segments it will replay: a `replay.estimate.Estimate`, for which the first segment is run once.
 
     >>> print(explain("memory_forget", slots, bias))
     memory_forget runs on eager
@@ -123,8 +129,10 @@ def explain(op: str | Callable, *arguments: Tensor, **options: object) -> Explan
       not triton: slots must be on a CUDA device, got cpu
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name == "memory_replay":
+        return importlib.import_module("memformer_kernels.replay.estimate").estimate(*arguments, **options)
     if name not in OPS:
-        checks.fail("explain", "op", f"be one of {', '.join(OPS)}", repr(name))
+        checks.fail("explain", "op", f"be one of {', '.join((*OPS, 'memory_replay'))}", repr(name))
     requested = options.pop("backend", "auto")
     call = importlib.import_module(f"memformer_kernels.ops.{name}.api").prepare(*arguments, **options)
     _check(name, requested)

@@ -247,6 +247,6 @@ def test_explain_checks_what_a_call_would_check():
     slots, bias = make_case("memory_forget").tensors.values()
     with pytest.raises(ValueError, match=r"memory_forget: bias must have shape \[M, C\]"):
         explain("memory_forget", slots, slots)
-    with pytest.raises(ValueError, match="explain: op must be one of memory_read, .*, memory_forget, got 'forget'"):
+    with pytest.raises(ValueError, match="explain: op must be one of memory_read, .*, memory_replay, got 'forget'"):
         explain("forget", slots, bias)
     assert explain("memory_forget", slots, bias, backend="eager").backend == "eager"

@@ -8,7 +8,7 @@ from replay_cells import assert_close, assert_equal, normal, of_module
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig
+from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, explain
 from memformer_kernels.replay import CapturedCell, StagedCell, captured, memory_replay
 
 F64 = torch.float64
@@ -197,6 +197,40 @@ def test_a_budget_saves_as_many_segments_as_it_holds():
     assert counts[0] == 8 and counts[-1] == 0
     assert counts == sorted(counts, reverse=True) and len(set(counts)) > 3
     assert replayed(None) == 7
+
+
+def test_explain_tells_what_a_rollout_will_keep():
+    weight = nn.Parameter(torch.rand(8, dtype=F64))
+    calls = []
+
+    def advance(x, state):
+        calls.append(1)
+        state = torch.tanh(torch.tanh(state * weight) + x)
+        return state, state
+
+    def readout(features, segments):
+        return [(f * weight).sin().sum() for f in features]
+
+    def prepare(segments):
+        return [x * 2 for x in segments]
+
+    cell = StagedCell(advance, prepare=prepare, readout=readout)
+    segments, start = [normal(4, 8, seed=t) for t in range(6)], torch.zeros(4, 8, dtype=F64)
+    random = torch.get_rng_state()
+    one = 4 * 8 * 8  # bytes of a tensor
+    for budget, kept in ((None, 1), (0, 0), (3 * 2 * one, 3), (10**6, 6)):
+        told = explain("memory_replay", CapturedCell(cell), segments, start, activation_budget=budget)
+        assert (told.graph["advance"], told.state, told.inputs, told.features) == (2 * one, one, one, one)
+        assert (told.stored, told.sums, told.kept) == (6 * 3 * one, 64, kept)
+        assert f"the last {kept} keep their graph, {6 - kept} are replayed" in str(told)
+        calls.clear()
+        outputs, _ = memory_replay(StagedCell(advance), segments, start, activation_budget=budget)
+        torch.stack([o.sum() for o in outputs]).sum().backward()
+        assert len(calls) == 6 + 6 - kept  # as it was told
+    assert told.groups == {"prepare": 6, "readout": 6}
+    assert torch.equal(random, torch.get_rng_state()) and explain(memory_replay, cell, segments, start).kept == 1
+    with pytest.raises(ValueError, match="explain: segments must hold at least one"):
+        explain("memory_replay", cell, [], start)
 
 
 def test_rollouts_that_overlap_do_not_mix():

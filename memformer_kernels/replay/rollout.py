@@ -65,7 +65,9 @@ class Parts:
 
     def allowed(self, budget: int | None) -> int | None:
         """The budget of a group: by default the graph of one segment, if that is not large."""
-        return min(self.advance.bytes_each, LARGE) if budget is None else budget
+        if budget is not None or self.advance.bytes_each is None:  # which its first call measures
+            return budget
+        return min(self.advance.bytes_each, LARGE)
 
 
 @dataclass
