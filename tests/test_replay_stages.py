@@ -199,6 +199,26 @@ def test_a_budget_saves_as_many_segments_as_it_holds():
     assert replayed(None) == 7
 
 
+def test_what_the_forward_made_is_let_go_by_the_backward():
+    """Though the loss is still there: features' gradients and sums too, that the forward made already."""
+    model, segments = _language_model(4)
+    saved = []
+
+    def note(tensor):
+        saved.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = memory_replay(model.cell, segments, model.initial_memory(2), reduction="mean")
+    early = [call.early for call in loss.grad_fn.passes.tape.calls if call.early is not None]
+    assert early and loss.grad_fn.passes.tape.early_sums and len(saved) > 20
+    loss.backward()
+    gc.collect()
+    ours = [*model.parameters(), *(t for segment in segments for t in segment)]
+    known = {t.untyped_storage()._cdata for t in ours}
+    assert all(ref.expired() or ref.cdata in known for ref in saved)
+
+
 def test_explain_tells_what_a_rollout_will_keep():
     weight = nn.Parameter(torch.rand(8, dtype=F64))
     calls = []

@@ -77,7 +77,7 @@ class Call:
     reads: list[int]
     makes: list[int]
     record: Any
-    early: Grads | None = None  # gradients of what it reads, where the forward made them
+    early: list[int | None] | None = None  # values: gradients of what it reads, where the forward made them
 
 
 @dataclass
@@ -87,6 +87,7 @@ class Tape:
     versions: dict[Tensor, int]  # of the parameters before the forward
     calls: list[Call] = field(default_factory=list)
     early: Totals = field(default_factory=Totals)  # of the parameters, where the forward made them
+    early_sums: dict[Tensor, int] = field(default_factory=dict)  # the same as values
     loss: int | None = None  # the value that is the sum of the early calls' results
     values: list[Tensor | None] = field(default_factory=list)
     given: int = 0  # how many of the values the rollout was given
@@ -111,7 +112,8 @@ class Tape:
         if weight is None:
             result, record = part.run(label, leaves, left)
         else:
-            result, early = part.run_and_pull(label, leaves, weight, self.early)
+            result, grads = part.run_and_pull(label, leaves, weight, self.early)
+            early = [None if grad is None else self._keep(grad) for grad in grads]
             for number in reads:
                 if number >= self.given:  # what another call made: nobody reads it again
                     self.values[number] = None
@@ -119,9 +121,13 @@ class Tape:
         self.calls.append(Call(part, tree.hollow(), reads, self.numbers(result), record, early))
         return result.whole()
 
+    def _keep(self, tensor: Tensor) -> int:
+        self.values.append(tensor)
+        return len(self.values) - 1
+
     def make_loss(self, loss: Tensor) -> Tensor:
         """`loss`, the sum of the early calls' results, as a value."""
-        differentiable = any(g is not None for call in self.calls for g in call.early or ())
+        differentiable = any(n is not None for call in self.calls for n in call.early or ())
         (loss,) = self.admit(Tree.of([loss.requires_grad_(differentiable)])).tensors()
         self.loss = self._numbers[id(loss)]
         return loss
@@ -132,7 +138,10 @@ class Tape:
         self.parameters = list({id(p): p for part in parts for p in part.parameters}.values())
         for parameter in self.parameters:
             self.versions.setdefault(parameter, parameter._version)
-        needed = {n for call in self.calls if call.early is None for n in call.reads}
+        self.early_sums = {p: self._keep(total) for p in self.parameters if (total := self.early.of(p)) is not None}
+        self.early = Totals()
+        needed = {n for call in self.calls for n in (call.reads if call.early is None else call.early)}
+        needed |= set(self.early_sums.values())
         self.values = [value if n in needed else None for n, value in enumerate(self.values)]
         self._numbers.clear()
 
@@ -294,7 +303,7 @@ def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> list[Tot
     for call in reversed(tape.calls):
         if call.early is not None:
             if of_loss is not None:
-                scaled = [None if g is None else g * of_loss.to(g.dtype) for g in call.early]
+                scaled = [None if n is None else _scaled(values[n], of_loss) for n in call.early]
                 table.add(zip(call.reads, scaled, strict=True))
             continue
         grads = [table.take(n) for n in call.makes]
@@ -302,5 +311,9 @@ def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> list[Tot
             arguments = call.arguments.replace([as_leaf(values[n], values[n].requires_grad) for n in call.reads])
             found = call.part.pull(call.record, arguments, grads, totals[id(call.part)])
             table.add(zip(call.reads, found, strict=True))
-    early = [] if of_loss is None else [tape.early.scaled(of_loss)]
-    return [*totals.values(), *early]
+    early = {} if of_loss is None else {p: _scaled(values[n], of_loss) for p, n in tape.early_sums.items()}
+    return [*totals.values(), Totals(early)]
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    return grad * factor.to(grad.dtype)

@@ -13,9 +13,9 @@ from memformer_kernels.gradient_sink import Gradients, Make, open_sink
 class Totals:
     """A sum for each parameter of a part: in float32 at least, in the order the gradients come."""
 
-    def __init__(self):
-        self._sums: dict[Tensor, Tensor] = {}
-        self._owned: set[Tensor] = set()
+    def __init__(self, sums: Mapping[Tensor, Tensor] | None = None):
+        self._sums = dict(sums or {})
+        self._owned = set(self._sums)  # the others may be autograd's
         self._lent: Mapping[Tensor, Tensor] = {}
 
     @contextlib.contextmanager
@@ -53,12 +53,6 @@ class Totals:
     def of(self, parameter: Tensor) -> Tensor | None:
         """The sum, or None where no gradient came."""
         return (self._lent or self._sums).get(parameter)
-
-    def scaled(self, factor: Tensor) -> "Totals":
-        """The sums times a scalar tensor."""
-        result = Totals()
-        result._sums = {p: total * factor.to(total.dtype) for p, total in self._sums.items()}
-        return result
 
     def _take(self, parameter: Tensor, grad: Tensor | None) -> Tensor | None:
         if grad is None:
