@@ -14,14 +14,7 @@ from memformer_kernels.replay.captured import CapturedCell, NotCapturable
 from memformer_kernels.replay.python_part import python_parts
 from memformer_kernels.replay.rollout import NoTape, Parts, Passes, differentiable, run_parts, weighed_sum
 from memformer_kernels.replay.stages import StagedCell
-from memformer_kernels.replay.surroundings import (
-    Autocast,
-    ModuleState,
-    RandomState,
-    Surroundings,
-    modules_of,
-    versions_of,
-)
+from memformer_kernels.replay.surroundings import Surroundings, modules_of, versions_of
 from memformer_kernels.replay.tree import Tree
 
 OP = "memory_replay"
@@ -145,12 +138,10 @@ def _replay(
         captured, modules, cell = None if strict or random_sources else cell, cell.modules, cell.cell
     else:
         modules = modules_of(cell)
-    modules = ModuleState(modules)
-    parameters = modules.parameters()
     inputs = [t for tree in (*segments, state) for t in Tree.of(tree).tensors()]
-    devices = sorted({t.device for t in (*inputs, *parameters)}, key=str)
-    surroundings = Surroundings(RandomState(devices, random_sources), Autocast.now(devices), modules)
-    budget = budget_in_bytes(activation_budget, next((d for d in devices if d.type == "cuda"), None))
+    surroundings = Surroundings.of(modules, inputs, random_sources)
+    parameters = surroundings.modules.parameters()
+    budget = budget_in_bytes(activation_budget, surroundings.devices)
     # a gradient scaler's factor arrives with the backward, too late for a gradient in float16 that is made before
     readout = isinstance(cell, StagedCell) and cell.readout is not None
     early = weight if readout and torch.is_grad_enabled() and not surroundings.autocast.to(torch.float16) else None
@@ -158,14 +149,14 @@ def _replay(
 
     def rollout(parts: Parts, segments: list, weight: float | None) -> tuple[Any, Any]:
         if torch.is_grad_enabled():
-            with sharded.refused(modules.owners):
+            with sharded.refused(surroundings.modules.owners):
                 return differentiable(Passes(parts, surroundings, budget, weight), versions, segments, state)
         with surroundings.kept_if_raises():
             return run_parts(NoTape(), parts, segments, state, budget=budget)
 
-    if captured is not None and captured.takes(devices):
+    if captured is not None and captured.takes(surroundings.devices):
         options = dict(budget=budget, asked=activation_budget, weight=early)
-        part = captured.part(surroundings, parameters, devices[0], **options)
+        part = captured.part(surroundings, parameters, **options)
         try:
             chunks, final = rollout(Parts(part), captured.chunks(segments), None)
         except NotCapturable as error:

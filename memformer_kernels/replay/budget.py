@@ -70,10 +70,11 @@ def groups_of(left: int, bytes_each: int, budget: int | None) -> int:
     return -(-left // -(-left // most))
 
 
-def budget_in_bytes(given: int | float | None, device: torch.device | None) -> int | None:
-    """A budget as given to `memory_replay`: bytes, or a float, a part of the GPU's free memory."""
+def budget_in_bytes(given: int | float | None, devices: Sequence[torch.device]) -> int | None:
+    """A budget as given to `memory_replay`: bytes, or a float, a part of the free memory of the first GPU."""
     if given is None or isinstance(given, int):
         return given
+    device = next((device for device in devices if device.type == "cuda"), None)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(given * free)

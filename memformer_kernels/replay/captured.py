@@ -76,11 +76,9 @@ class CapturedCell:
         size = -(-len(segments) // -(-len(segments) // self.segments_per_graph))
         return [segments[t : t + size] for t in range(0, len(segments), size)]
 
-    def part(
-        self, surroundings: Surroundings, parameters: list[Tensor], device: torch.device, **options: Any
-    ) -> "CapturedRollout":
+    def part(self, surroundings: Surroundings, parameters: list[Tensor], **options: Any) -> "CapturedRollout":
         """The part of a rollout whose segments are `chunks`."""
-        self._store.follow(parameters, device)
+        self._store.follow(parameters, surroundings.devices[0])
         return CapturedRollout(self.cell, surroundings, self._store, **options)
 
     def give_up(self, error: "NotCapturable") -> None:

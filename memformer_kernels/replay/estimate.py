@@ -11,7 +11,7 @@ from memformer_kernels.replay.captured import CapturedCell
 from memformer_kernels.replay.python_part import PythonPart
 from memformer_kernels.replay.rollout import Parts, Passes
 from memformer_kernels.replay.stages import functions_of
-from memformer_kernels.replay.surroundings import Autocast, ModuleState, RandomState, Surroundings, modules_of
+from memformer_kernels.replay.surroundings import Surroundings, modules_of
 from memformer_kernels.replay.tree import Tree
 
 MIB = 2**20
@@ -76,10 +76,8 @@ def estimate(
     if not segments:
         raise ValueError("explain: segments must hold at least one segment, got none")
     given = Tree.of(([segments[0]], state))
-    modules = ModuleState(modules_of(cell))
-    devices = sorted({t.device for t in (*given.tensors(), *modules.parameters())}, key=str)
-    surroundings = Surroundings(RandomState(devices, ()), Autocast.now(devices), modules)
-    budget = budget_in_bytes(activation_budget, next((d for d in devices if d.type == "cuda"), None))
+    surroundings = Surroundings.of(modules_of(cell), given.tensors())
+    modules, budget = surroundings.modules, budget_in_bytes(activation_budget, surroundings.devices)
     keeper = Keeper(None, count=True)
     parts = Parts(**{name: PythonPart(f, surroundings, keeper) for name, f in functions_of(cell).items()})
     passes = Passes(parts, surroundings, None, None)

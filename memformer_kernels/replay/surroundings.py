@@ -176,9 +176,17 @@ class ModuleState:
 class Surroundings:
     """All of it, of one rollout."""
 
+    devices: tuple[torch.device, ...]
     random: RandomState
     autocast: Autocast
     modules: ModuleState
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], given: Iterable[Tensor], sources: Sequence[Any] = ()) -> "Surroundings":
+        """As they stand: of a cell's modules, the tensors that it is given, and other sources of randomness."""
+        state = ModuleState(modules)
+        devices = tuple(sorted({t.device for t in (*given, *state.parameters())}, key=str))
+        return cls(devices, RandomState(devices, sources), Autocast.now(devices), state)
 
     @contextlib.contextmanager
     def kept_if_raises(self) -> Iterator[None]:
