@@ -81,8 +81,10 @@ def _as_memory_read(
         if attn_mask.dtype != torch.bool or attn_mask.device != query.device:
             return "a mask that is added to the logits" if attn_mask.is_floating_point() else "a mask that is not bool"
         try:
-            attn_mask = attn_mask.expand(batch, heads, length, keys)
+            attn_mask = attn_mask.expand(batch, heads, length, keys) if attn_mask.dim() > 1 else None
         except RuntimeError:
+            attn_mask = None
+        if attn_mask is None:
             return "a mask that is not broadcast to [B, H, L, M]"
         if any(attn_mask.shape[i] > 1 and attn_mask.stride(i) for i in (1, 2)):
             return "a mask with a row for every head or query"
