@@ -179,26 +179,29 @@ def test_it_compiles():
 
 
 def test_an_encoder_decoder_of_transformers(reads):
-    """BART from a configuration: its decoder's attention to a short source."""
+    """BART from a configuration: its decoder's attention to a short source, by the package's own registry."""
     transformers = pytest.importorskip("transformers")
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
-    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
-        if module.is_causal or query.shape[2] == key.shape[2]:
-            options |= dict(scaling=scaling, dropout=dropout)
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        output = cross_attention(query, key, value, attention_mask, dropout, scale=scaling)
-        return output.transpose(1, 2).contiguous(), None
+    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **options):
+        if module.is_causal and query.shape[2] == key.shape[2]:
+            return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
+        return cross_attention(query, key, value, mask, dropout, scale=scaling).transpose(1, 2), None
+
+    def mask(*, q_length, mask_function, **options):
+        """Of one row where all queries see the same, which the package writes out for every query."""
+        rows = 1 if mask_function is bidirectional_mask_function else q_length
+        return sdpa_mask(q_length=rows, mask_function=mask_function, **options)
 
     transformers.AttentionInterface.register("memformer_kernels", attention)
-    transformers.AttentionMaskInterface.register("memformer_kernels", sdpa_mask)
+    transformers.AttentionMaskInterface.register("memformer_kernels", mask)
     sizes = dict(d_model=32, vocab_size=50, max_position_embeddings=32, dropout=0.0, attention_dropout=0.0)
-    layers = dict(encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
-    feed_forward = dict(encoder_ffn_dim=64, decoder_ffn_dim=64)
-    model = transformers.BartModel(transformers.BartConfig(**sizes, **layers, **feed_forward)).double()
+    sizes |= dict(encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
+    sizes |= dict(encoder_ffn_dim=64, decoder_ffn_dim=64)
+    model = transformers.BartModel(transformers.BartConfig(**sizes)).double()
     source, target = torch.randint(4, 50, (B, M)), torch.randint(4, 50, (B, L))
-    source_mask = visible(B, M) | (torch.arange(M) == 0)
+    source_mask = (visible(B, M) | (torch.arange(M) == 0)).long()
 
     def results(implementation, mask):
         model.set_attn_implementation(implementation)
@@ -207,7 +210,8 @@ def test_an_encoder_decoder_of_transformers(reads):
         output.pow(3).sum().backward()
         return output.detach(), *(p.grad for p in model.parameters())
 
-    for mask in (None, source_mask.long()):
-        for ours, theirs in zip(results("memformer_kernels", mask), results("sdpa", mask), strict=True):
+    for given in (None, source_mask):
+        for ours, theirs in zip(results("memformer_kernels", given), results("sdpa", given), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-    print(len(reads), [o["slot_mask"] is not None for _, o in reads])
+    # in the encoder's layer and in both of the decoder's, without a mask and with one
+    assert [options["slot_mask"] is not None for _, options in reads] == [False] * 3 + [True] * 3
