@@ -80,11 +80,13 @@ class RecurrentMemformer(Accelerated, Memformer):
         if mems is None:
             mems = self.get_initial_mem(len(src))
         enc = self.encoder(src, context=mems, src_mask=src_mask)
-        if self.decoder is not None and tgt is not None:
-            loss = self.decoder(tgt, context=enc, src_mask=tgt_mask, tgt_mask=src_mask, return_loss=True)
-        else:
+        if self.decoder is None:
+            loss = None
+        elif tgt is None:
             # made on the device, so that this can be recorded as a CUDA graph
             loss = torch.zeros((), requires_grad=True, device=src.device)
+        else:
+            loss = self.decoder(tgt, context=enc, src_mask=tgt_mask, tgt_mask=src_mask, return_loss=True)
         tokens = self.mem_updater.project(enc) if self.num_mem_updates else None
         for _ in range(self.num_mem_updates):
             attended = self.mem_updater(mems, tokens=tokens, token_mask=src_mask)
