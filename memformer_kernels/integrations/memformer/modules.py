@@ -95,7 +95,7 @@ class RecurrentMemformer(Accelerated, Memformer):
         return EncOnlyResults(enc, mems) if self.decoder is None else Results(enc, mems, loss)
 
 
-class RightwayPositionBias(Accelerated, RelativePositionBias):
+class CorrectedPositionBias(Accelerated, RelativePositionBias):
     """Buckets of distances both ways where attention goes both ways, and of the past where it is causal."""
 
     original = RelativePositionBias
@@ -133,9 +133,21 @@ class GeneratingDecoder(Accelerated, TransformerWrapper):
 READS = "attention to few keys runs memory_read, as cross_attention does"
 WRITES = "slot attention runs memory_write, without M x (M + L) logits; the tokens are projected once for all updates"
 FIXES = {
-    RelativePositionBias: (RightwayPositionBias, "relative_position", "the encoder and the decoder have each other's"),
-    AutoregressiveWrapper: (MaskedLoss, "target_mask", "a target mask of the length of the decoder's input is dropped"),
-    TransformerWrapper: (GeneratingDecoder, "generate", "generate calls the decoder with an argument it does not take"),
+    RelativePositionBias: (
+        CorrectedPositionBias,
+        "relative_position",
+        "encoder and decoder have each other's distance buckets, which trained weights need; for new models",
+    ),
+    AutoregressiveWrapper: (
+        MaskedLoss,
+        "target_mask",
+        "it drops a target mask that has the length of the decoder's input, unless",
+    ),
+    TransformerWrapper: (
+        GeneratingDecoder,
+        "generate",
+        "generate calls it with an argument that it does not take, unless",
+    ),
 }
 LEFT = {
     FeedForward: "two linear layers and GELU, which PyTorch runs",
@@ -169,7 +181,7 @@ def entries(model: nn.Module, fix: frozenset[str]) -> list[Entry]:
             return (None, SELF_ATTENTION) if module in at_self else (CrossAttention, READS)
         if kind in FIXES and (kind is not TransformerWrapper or module in decoders):
             fixed, name, bug = FIXES[kind]
-            return (fixed, f"fixed: {name}") if name in fix else (None, f'{bug}; fix=("{name}",) corrects it')
+            return (fixed, f"corrected: {name}") if name in fix else (None, f'{bug} fix=("{name}",)')
         if kind in LEFT:
             return None, LEFT[kind]
         if isinstance(module, KNOWN) and kind not in KNOWN:
