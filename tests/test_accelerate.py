@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import memformer_kernels
 from memformer_kernels import accelerate, restore
@@ -107,6 +108,14 @@ def test_more_slots_than_memory_read_is_good_for(calls):
     accelerate(model)
     assert_close(dict(enumerate(t.detach() for t in model(**given))), dict(enumerate(expected)))
     assert calls == {"memory_read": 2, "memory_write": 1}  # the decoder's reads have 8 keys
+
+
+def test_more_hidden_tokens_than_memory_read_is_good_for(calls):
+    model, given = make(), inputs("blind row", tokens=130)
+    expected = outputs_and_grads(model, **given)
+    accelerate(model)
+    assert_close(outputs_and_grads(model, **given), expected)
+    assert calls == {"memory_read": 4, "memory_write": 2}  # the encoder's
 
 
 def test_the_model_begins_with_its_own_memory():
@@ -246,25 +255,48 @@ class OwnAttention(theirs.Attention):
     pass
 
 
-def test_subclasses_are_left_and_said_to_be():
-    model = make(Own)
-    model.encoder.layer_blocks.layers[0][1].fn.fn.__class__ = OwnAttention
+def as_subclass(module, kind):
+    module.__class__ = kind
+
+
+def with_own_forward(module, kind):
+    module.forward = functools.partial(type(module).forward, module)
+
+
+@pytest.mark.parametrize("changed", [as_subclass, with_own_forward])
+@pytest.mark.parametrize(("path", "kind"), [("", Own), ("mem_updater", OwnAttention)])
+def test_a_model_with_code_of_its_own_keeps_its_forward(path, kind, changed):
+    """The model and what updates its memory: both or neither."""
+    model = make()
+    changed(model.get_submodule(path), kind)
+    read = model.encoder.layer_blocks.layers[0][1].fn.fn
+    changed(read, OwnAttention)
     expected = outputs_and_grads(model, **inputs("masks"))
     report = accelerate(model)
-    assert type(model) is Own and len(report.replaced) == 3  # reads of the other layers
-    assert {"", "mem_updater", "encoder.layer_blocks.layers.0.1.fn.fn"} <= {
-        e.path for e in report.left if "subclass" in e.reason
-    }
+    assert not isinstance(model, Accelerated) and not isinstance(model.mem_updater, Accelerated)
+    assert not isinstance(read, Accelerated)
+    own = {entry.path for entry in report.left if "code of its own" in entry.reason}
+    assert own == {"", "mem_updater", "encoder.layer_blocks.layers.0.1.fn.fn"}
+    assert len(report.replaced) == 3  # the other reads
     assert_close(outputs_and_grads(model, **inputs("masks")), expected)
 
 
-def test_a_model_with_another_updater_keeps_its_forward():
+def test_what_changed_the_class_again_has_to_go_first():
     model = make()
-    model.mem_updater.__class__ = OwnAttention
-    expected = outputs_and_grads(model, **inputs("masks"))
     accelerate(model)
+    before = trace(model.encoder)
+    parametrize.register_parametrization(model, "memory_slots", nn.Identity())
+    for undo in (restore, accelerate):
+        with pytest.raises(RuntimeError, match="restore: model must have the classes of accelerate, got Parametrized"):
+            undo(model)
+    assert trace(model.encoder) == before
+    parametrize.remove_parametrizations(model, "memory_slots")
+    restore(model)
     assert type(model) is theirs.Memformer
-    assert_close(outputs_and_grads(model, **inputs("masks")), expected)
+
+
+def test_a_model_with_only_a_cell_of_the_same_kind():
+    assert str(accelerate(nn.Sequential(nn.GRUCell(2, 2)))).endswith("nothing in it is of a package that is known")
 
 
 def test_another_version_is_left(monkeypatch):
@@ -292,7 +324,7 @@ def test_the_report_says_what_and_why():
     text = str(accelerate(make()))
     assert text.startswith("accelerate: of Memformer, 6 modules replaced, 14 left\n")
     for line in (
-        "replaced: attention to few keys runs memory_read, as cross_attention does",
+        "replaced: attention to another sequence runs cross_attention: memory_read up to 128 keys, else PyTorch's own",
         "    2 Attention  encoder.layer_blocks.layers.*.1.fn.fn",
         "    1 Attention  mem_updater",
         "left: self-attention with a bias for every query and key, which no operation here takes",

@@ -19,7 +19,8 @@ def accelerate(model: nn.Module, *, fix: Iterable[str] = ()) -> Report:
 
     Modules are given a subclass of their own class, with another forward. Nothing else of them changes: parameters,
     `state_dict`, hooks, mode, optimisers that hold them; copies and pickles of the model are accelerated too. Outputs
-    and gradients stay the same to rounding. Modules of a subclass with code of its own are left as they are.
+    and gradients stay the same to rounding. Modules with code of their own, of a subclass or
+    of the instance, are left as they are.
 
     Known: the models of the PyPI package `memformer`, version 0.3.1.
 
@@ -38,6 +39,7 @@ def accelerate(model: nn.Module, *, fix: Iterable[str] = ()) -> Report:
     Raises:
         TypeError: `model` is not a module, or `fix` is a string.
         ValueError: an unknown name in `fix`.
+        RuntimeError: after an earlier call, something else changed the class of a module, as `fully_shard` does.
     """
     if not isinstance(model, nn.Module):
         checks.fail("accelerate", "model", "be a torch.nn.Module", type(model).__name__, TypeError)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from memformer_kernels import checks
+
 
 class Accelerated:
     """Base of the classes that modules are given. `original` is the class they had: restoring needs nothing else."""
@@ -14,10 +16,17 @@ class Accelerated:
 
 
 def restore(model: nn.Module) -> None:
-    """Gives every module of `model` that `accelerate` changed its own class back; does nothing to others."""
-    for module in model.modules():
-        if isinstance(module, Accelerated):
-            module.__class__ = module.original
+    """Gives every module of `model` that `accelerate` changed its own class back; does nothing to others.
+
+    Raises:
+        RuntimeError: a module's class was changed again after that, as `fully_shard` and parametrizations do.
+    """
+    modules = [module for module in model.modules() if isinstance(module, Accelerated)]
+    for module in modules:
+        if "original" not in vars(type(module)):
+            checks.fail("restore", "model", "have the classes of accelerate", type(module).__name__, RuntimeError)
+    for module in modules:
+        module.__class__ = module.original
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class SlotAttention(Accelerated, Attention):
         return self.to_out(memory_write(query, own_key, own_value, *tokens, **options))
 
 
-class RecurrentMemformer(Accelerated, Memformer):
+class AcceleratedMemformer(Accelerated, Memformer):
     """The model: the memory is written by `SlotAttention`, whose keys and values of the tokens serve all updates."""
 
     original = Memformer
@@ -129,8 +129,7 @@ class GeneratingDecoder(Accelerated, TransformerWrapper):
         return super().forward(x, **options)
 
 
-# What each class is given. Of those for which only a fix is known, the fix's name and the bug that stays without it
-READS = "attention to few keys runs memory_read, as cross_attention does"
+READS = "attention to another sequence runs cross_attention: memory_read up to 128 keys, else PyTorch's own"
 WRITES = "slot attention runs memory_write, without M x (M + L) logits; the tokens are projected once for all updates"
 FIXES = {
     RelativePositionBias: (
@@ -149,44 +148,49 @@ FIXES = {
         "generate calls it with an argument that it does not take, unless",
     ),
 }
-LEFT = {
-    FeedForward: "two linear layers and GELU, which PyTorch runs",
-    nn.GRUCell: "after the slot attention; PyTorch has a kernel for it",
-}
 KNOWN = (Attention, Memformer, *FIXES)
 SELF_ATTENTION = "self-attention with a bias for every query and key, which no operation here takes"
-SUBCLASS = "a subclass may have code of its own; only the package's class itself is replaced"
+OWN_CODE = "code of its own: not the package's class, but one made of it, or a forward of this instance"
 
 
 def entries(model: nn.Module, fix: frozenset[str]) -> list[Entry]:
     """What of the model's modules to replace, and what to leave; changes nothing."""
     modules = list(model.named_modules())
-    at_self, updaters, decoders = set(), {}, set()
+    at_self, owners, decoders = set(), {}, set()
     for _, module in modules:
         if isinstance(module, Encoder | Decoder):
             at_self.update(child for layer in module.layers for child in layer[0].modules())
         elif isinstance(module, Memformer):
-            updaters[module.mem_updater] = module
+            owners |= {module.mem_updater: module, module.gru: module}
         elif isinstance(module, AutoregressiveWrapper):
             decoders.add(module.net)
 
     def decide(module: nn.Module) -> tuple[type[Accelerated] | None, str] | None:
+        if isinstance(module, FeedForward):
+            return None, "two linear layers and GELU, which PyTorch runs"
+        if isinstance(module, nn.GRUCell) and module in owners:
+            return None, "after the slot attention; PyTorch has a kernel for it"
+        if not isinstance(module, KNOWN):
+            return None
+        if _has_own_code(module):
+            return None, OWN_CODE
         kind = type(module)
-        if kind is Memformer:
-            exact = type(module.mem_updater) is Attention
-            return (RecurrentMemformer, WRITES) if exact else (None, f"its mem_updater: {SUBCLASS}")
-        if kind is Attention and module in updaters:
-            return (SlotAttention, WRITES) if type(updaters[module]) is Memformer else (None, f"its model: {SUBCLASS}")
-        if kind is Attention:
-            return (None, SELF_ATTENTION) if module in at_self else (CrossAttention, READS)
-        if kind in FIXES and (kind is not TransformerWrapper or module in decoders):
+        if kind in FIXES:
             fixed, name, bug = FIXES[kind]
+            if kind is TransformerWrapper and module not in decoders:
+                return None
             return (fixed, f"corrected: {name}") if name in fix else (None, f'{bug} fix=("{name}",)')
-        if kind in LEFT:
-            return None, LEFT[kind]
-        if isinstance(module, KNOWN) and kind not in KNOWN:
-            return None, SUBCLASS
-        return None
+        if kind is Attention and module not in owners:
+            return (None, SELF_ATTENTION) if module in at_self else (CrossAttention, READS)
+        # the model and its updater are replaced together
+        owner = module if kind is Memformer else owners[module]
+        if _has_own_code(owner) or _has_own_code(owner.mem_updater):
+            return None, f"its {'mem_updater' if owner is module else 'model'} has {OWN_CODE}"
+        return AcceleratedMemformer if owner is module else SlotAttention, WRITES
 
     decided = ((path, module, decide(module)) for path, module in modules)
     return [Entry(path, module, type(module).__name__, *decision) for path, module, decision in decided if decision]
+
+
+def _has_own_code(module: nn.Module) -> bool:
+    return type(module) not in KNOWN or "forward" in vars(module)
