@@ -427,8 +427,9 @@ def replay(model, *arguments, **options):
     return gradients(model, loss=loss, mems=mems)
 
 
-def largest_error(found, expected):
-    return max(((found[n] - t).abs().max() / t.abs().max().clamp_min(1e-12)).item() for n, t in expected.items())
+def norm_error(found, expected, names):
+    a, b = (torch.cat([tensors[n].flatten() for n in names]) for tensors in (found, expected))
+    return (a - b).norm() / b.norm()
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -451,7 +452,9 @@ def test_with_dropout_theirs_is_wrong_and_ours_is_not():
     torch.manual_seed(5)
     model.zero_grad()
     memformer.memory_replay_backprop(model, **given)
-    assert largest_error({**expected, **gradients(model)}, expected) > 0.1
+    found = gradients(model)
+    assert norm_error(found, expected, found) > 0.02
+    assert norm_error(found, expected, [n for n in found if n.startswith("mem_")]) > 0.3  # what writes the memory
     for _ in range(2):
         torch.manual_seed(5)
         assert_close(replay(model, **given), expected)
