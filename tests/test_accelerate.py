@@ -38,7 +38,7 @@ def make(kind=theirs.Memformer, dropout=0.0, **options):
 def calls(monkeypatch):
     """How often each op is called by an accelerated model."""
     counts = {}
-    for name, place in (("memory_write", "memformer.modules"), ("memory_read", "cross_attention")):
+    for name, place in (("memory_write", "memformer.modules"), ("memory_read", "attention")):
         place = importlib.import_module(f"memformer_kernels.integrations.{place}")
         monkeypatch.setattr(place, name, counting(getattr(place, name), counts))
     return counts
@@ -123,6 +123,40 @@ def test_the_model_begins_with_its_own_memory():
     expected = [t.detach() for t in model(**given)]
     accelerate(model)
     assert_close(dict(enumerate(t.detach() for t in model(**given))), dict(enumerate(expected)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(context=None),
+        dict(context=None, query_mask=torch.arange(4) < 3),
+        dict(pos_emb=lambda n, m: torch.arange(n * m, dtype=torch.float64).view(1, n, m)),
+        dict(mask=torch.ones(4, 5, dtype=torch.bool).tril()),
+        dict(attend_self=True),
+        dict(kv_mask=torch.arange(5) > 1),
+    ],
+    ids=str,
+)
+def test_attention_in_a_model_of_ones_own(call):
+    """Whatever the package's attention can be called with, the accelerated one can."""
+    attention = theirs.Attention(24, heads=3).double()
+    x, call = (
+        torch.randn(2, 4, 24, dtype=torch.float64),
+        {"context": torch.randn(2, 5, 24, dtype=torch.float64), **call},
+    )
+    call = {n: t.expand(2, *t.shape) if n.endswith("mask") else t for n, t in call.items()}
+    expected = attention(x, **call)
+    assert len(accelerate(attention).replaced) == 1
+    torch.testing.assert_close(attention(x, **call), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_segment_without_a_target_has_a_loss_of_zero():
+    """On which people call backward, as the package's replay does."""
+    model, src = make(), inputs(None)["src"]
+    for _ in range(2):
+        loss = model(src).dec_out
+        assert loss == 0 and loss.requires_grad and loss.is_leaf and loss.dtype == torch.float32
+        accelerate(model)
 
 
 def test_autocast():

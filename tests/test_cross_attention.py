@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from memformer_kernels import cross_attention
 
-room = importlib.import_module("memformer_kernels.integrations.cross_attention")
+room = importlib.import_module("memformer_kernels.integrations.attention")
 B, H, L, M, D = 2, 4, 6, 5, 8
 
 

@@ -20,7 +20,7 @@ from memformer.memformer import (
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from memformer_kernels.integrations.cross_attention import cross_attention
+from memformer_kernels.integrations.attention import cross_attention
 from memformer_kernels.integrations.report import Accelerated, Entry
 from memformer_kernels.layers.memory import KeyValue, merge_heads, split_heads
 from memformer_kernels.ops.memory_write import memory_write

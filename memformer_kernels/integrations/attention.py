@@ -29,7 +29,8 @@ def cross_attention(
     `memory_read` runs where it can: query [B, H, L, D], key and value [B, H, M, D] with M up to 128, or with
     `enable_gqa` fewer heads of them; not causal, no dropout; no mask, or a bool mask that is the same for every head
     and query: [B or 1, 1, 1, M], or expanded from that. All else `scaled_dot_product_attention` does, with the same
-    arguments; `unsupported_reason` says why. What the tensors hold is not looked at, and decides nothing.
+    arguments; `unsupported_reason` in `memformer_kernels.integrations.attention` says why. What the tensors hold is not
+    looked at, and decides nothing.
 
     Args:
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as PyTorch documents them.
