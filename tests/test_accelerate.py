@@ -140,11 +140,8 @@ def test_the_model_begins_with_its_own_memory():
 def test_attention_in_a_model_of_ones_own(call):
     """Whatever the package's attention can be called with, the accelerated one can."""
     attention = theirs.Attention(24, heads=3).double()
-    x, call = (
-        torch.randn(2, 4, 24, dtype=torch.float64),
-        {"context": torch.randn(2, 5, 24, dtype=torch.float64), **call},
-    )
-    call = {n: t.expand(2, *t.shape) if n.endswith("mask") else t for n, t in call.items()}
+    x, context = (torch.randn(2, n, 24, dtype=torch.float64) for n in (4, 5))
+    call = {"context": context} | {n: t.expand(2, *t.shape) if n.endswith("mask") else t for n, t in call.items()}
     expected = attention(x, **call)
     assert len(accelerate(attention).replaced) == 1
     torch.testing.assert_close(attention(x, **call), expected, rtol=1e-12, atol=1e-12)
