@@ -527,9 +527,12 @@ def test_replay_of_a_captured_cell():
     model, given = make(), document(last=8)
     expected = bptt(model, **given)
     accelerate(model)
-    cell = CapturedCell(segment_cell(model), always=True)  # the recorded passes, on a CPU without a graph
+    counts = {}
+    cell = counting(segment_cell(model), counts)
+    cell = CapturedCell(cell, always=True)  # the recorded passes, on a CPU without a graph
     for _ in range(2):
         assert_close(replay(model, **given, cell=cell), expected)
+    assert counts["cell"] > 8
 
 
 @pytest.mark.parametrize(
