@@ -40,7 +40,7 @@ class CrossAttention(Accelerated, Attention):
         visible = None
         if kv_mask is not None:
             sees_a_key = kv_mask.any(-1, keepdim=True)
-            visible = (kv_mask | ~sees_a_key)[:, None, None]  # a row of hidden keys alone is for the line below
+            visible = (kv_mask | ~sees_a_key)[:, None, None]  # NaN in some kernels where none is
             query_mask = sees_a_key if query_mask is None else query_mask & sees_a_key
         read = cross_attention(query, key, value, attn_mask=visible, scale=self.scale)
         if query_mask is not None:
