@@ -1,6 +1,7 @@
 """Memformer at speed: memory reading, writing and forgetting, exact memory replay, and the layers and models on top."""
 
 from memformer_kernels.backend import explain
+from memformer_kernels.integrations import accelerate, cross_attention, restore
 from memformer_kernels.layers import MemoryProjection, MemoryRead, MemoryWrite
 from memformer_kernels.models import (
     PRESETS,
@@ -29,11 +30,14 @@ __all__ = [
     "MemoryWrite",
     "StagedCell",
     "Stream",
+    "accelerate",
+    "cross_attention",
     "explain",
     "generate",
     "memory_forget",
     "memory_read",
     "memory_replay",
     "memory_write",
+    "restore",
     "stream",
 ]

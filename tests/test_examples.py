@@ -1,0 +1,43 @@
+"""The examples run, as their users run them, and the benchmark beside one checks what it can on a CPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(path, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / path, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_accelerate_memformer():
+    pytest.importorskip("memformer")
+    said = run("examples/accelerate_memformer.py")
+    report, results = said.split("\n\n")
+    readme = (ROOT / "README.md").read_text()
+    assert report in readme, "the README shows another report"
+    errors = [float(number) for number in re.findall(r"by (?:at most )?(\d+e-\d+)", results)]
+    assert len(errors) == 2 and max(errors) < 1e-4
+    assert results.endswith("restored: memformer.memformer.Memformer\n")
+
+
+def test_the_benchmark_checks_equality_on_a_cpu(tmp_path):
+    pytest.importorskip("memformer")
+    if torch.cuda.is_available():
+        pytest.skip("takes minutes on a GPU")
+    said = run("benchmarks/accelerate.py", "--out", tmp_path / "figures.json")
+    assert said.startswith("a CPU: nothing is measured, equality is checked\n")
+    (tiny,) = json.loads((tmp_path / "figures.json").read_text())["shapes"].values()
+    assert tiny["rows"] == [] and all(errors["equal"] for errors in tiny["equality"].values())
+    assert max(tiny["equality"]["float64"]["accelerated"].values()) < 1e-12
