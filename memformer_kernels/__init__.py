@@ -16,6 +16,7 @@ from memformer_kernels.ops.memory_forget import memory_forget
 from memformer_kernels.ops.memory_read import memory_read
 from memformer_kernels.ops.memory_write import memory_write
 from memformer_kernels.replay import memory_replay
+from memformer_kernels.serving import StreamPool
 
 __all__ = [
     "PRESETS",
@@ -27,6 +28,7 @@ __all__ = [
     "MemoryRead",
     "MemoryWrite",
     "Stream",
+    "StreamPool",
     "explain",
     "generate",
     "memory_forget",
