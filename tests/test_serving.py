@@ -13,11 +13,12 @@ from taped import TapedRecording
 
 from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, StreamPool, stream
 from memformer_kernels.models import streaming
+from memformer_kernels.models.recurrent import Recurrent
 from memformer_kernels.serving import Lease
 from memformer_kernels.state import StateFileError
 
 SIZES = dict(width=8, heads=2, hidden=8, slots=2, segment_length=3)
-L, V, T = SIZES["segment_length"], 7, 41
+L, V, T = SIZES["segment_length"], 7, 29
 
 
 def make_lm(**options):
@@ -29,6 +30,24 @@ def make_memformer(**options):
     torch.manual_seed(1)
     config = MemformerConfig(vocabulary=V, encoder_layers=1, decoder_layers=1, dropout=0.0, **SIZES, **options)
     return Memformer(config).eval()
+
+
+class Plain(Recurrent):
+    """The least that a pool serves: a sum of what was read. Many machines run it in little time."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = MemformerLMConfig(vocabulary=V, **SIZES)
+        self.embedding, self.head = torch.nn.Embedding(V, 8), torch.nn.Linear(8, V)
+        self.write = torch.nn.Module()
+        self.write.bias = torch.nn.Parameter(torch.randn(2, 8))
+
+    def initial_state(self, batch):
+        return {"memory": self.write.bias.expand(batch, 2, 8)}
+
+    def read_segment(self, tokens, state):
+        seen = self.embedding(tokens).cumsum(1) + state["memory"].sum(1, keepdim=True)
+        return self.head(seen), {"memory": (state["memory"] + seen[:, -1:]) / 2}
 
 
 MODELS = [make_lm, make_memformer]
@@ -87,8 +106,8 @@ class Machine:
         self.tenants, self.stale, self.kept = [], [], []
 
     def step(self):
-        actions = dict(read=8, open=3, open_wild=2, close=2, reset=1, set_aside=1, take_up=2, abort=2, refuse=2, grow=0.1)
-        actions |= dict(save_and_load=0.3)
+        actions = dict(read=8, open=3, open_wild=2, close=2, reset=1, set_aside=1, take_up=2, abort=2, refuse=2)
+        actions |= dict(save_and_load=0.3, grow=0.1)
         getattr(self, self.random.choices(list(actions), list(actions.values()))[0])()
         assert len(self.pool) == len(self.tenants)
 
@@ -207,7 +226,7 @@ class Machine:
         self.pool.grow(self.pool.streams + self.random.randint(0, 2))
 
 
-@pytest.mark.parametrize("make, machines", [(make_lm, 260), (make_memformer, 40)], ids=["MemformerLM", "Memformer"])
+@pytest.mark.parametrize("make, machines", [(Plain, 260), (make_lm, 20), (make_memformer, 20)])
 def test_texts_are_read_as_if_alone(make, machines, texts, tmp_path, same_bits):
     model = make()
     alone = {width: Alone(model, texts, width) for width in (1, 2, 3)}
@@ -227,7 +246,7 @@ def test_nothing_of_a_former_tenant_stays(model, texts, value, same_bits):
     lease = pool.open()
     assert same_bits(pool.state(lease), alone.states[0][0])
     assert same_bits(pool.read([lease], [texts[0]])[0], alone.nats[0])
-    pool.open(wild(alone.states[0][0], value)) if len(pool) < pool.streams else pool.reset(lease)
+    pool.reset(lease)
     assert same_bits(pool.state(lease), alone.states[0][0])
 
 
@@ -258,10 +277,11 @@ def test_pool_equals_streams_of_one_row(model, texts):
 
 
 def test_step_is_recorded_once_and_stays_where_it_is(model, texts, monkeypatch, tmp_path, same_bits):
+    texts = texts[:3, :17]
+    alone = Alone(model, texts, 2)
     monkeypatch.setattr(streaming, "Recording", TapedRecording)
     monkeypatch.setattr(TapedRecording, "made", 0)
-    pool, alone = StreamPool(model, 3, width=2), Alone(model, texts, 2)
-    TapedRecording.made = 0
+    pool = StreamPool(model, 3, width=2)
     addresses = [t.data_ptr() for t in pool._rows._all().values()]
     leases = [pool.open() for _ in range(3)]
     first = pool.read(leases, [texts[i, :7] for i in range(3)])
@@ -297,10 +317,10 @@ def test_many_threads_read_many_texts(texts, same_bits):
     def serve(seed):
         try:
             numbers = random.Random(seed)
-            for _ in range(4):
+            for _ in range(3):
                 i, lease, got, read = numbers.randrange(len(texts)), pool.open(), [], 0
                 while read < T:
-                    piece = texts[i, read : read + numbers.randint(1, 5)]
+                    piece = texts[i, read : read + numbers.randint(1, 9)]
                     got += pool.read([lease], [piece])
                     read += len(piece)
                 if not same_bits(torch.cat(got), alone.nats[i]) or pool.tokens_read(lease) != T:

@@ -189,7 +189,9 @@ class StreamPool:
         """Makes room for more texts; the ones that are open, and the step, stay as they are."""
         more = streams - self.streams
         if more < 0:
-            raise ValueError(f"StreamPool: streams must be at least {self.streams}, as many as there are, got {streams}")
+            raise ValueError(
+                f"StreamPool: streams must be at least {self.streams}, as many as there are, got {streams}"
+            )
         old, fresh = self._slots, self._fresh()
         self._slots = {name: torch.cat([old.get(name, t), t.expand(more, *t.shape[1:])]) for name, t in fresh.items()}
         self._free[:0] = range(streams, streams - more, -1)
@@ -235,9 +237,7 @@ class StreamPool:
         most = self.model.config.vocabulary - 1
         for i, piece in enumerate(tokens):
             if piece.dim() != 1 or piece.is_floating_point() or piece.is_complex() or piece.dtype == torch.bool:
-                raise ValueError(
-                    f"StreamPool: tokens[{i}] must be integer [n], got {piece.dtype} {list(piece.shape)}"
-                )
+                raise ValueError(f"StreamPool: tokens[{i}] must be integer [n], got {piece.dtype} {list(piece.shape)}")
             for found in piece.aminmax() if len(piece) else ():
                 if not 0 <= found <= most:
                     raise ValueError(f"StreamPool: tokens[{i}] must be from 0 to {most}, got {int(found)}")
