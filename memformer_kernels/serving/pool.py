@@ -59,7 +59,7 @@ class StreamPool:
     Args:
         model: a `MemformerLM` or `Memformer`, in evaluation mode if it has dropout.
         streams: the most texts that are open at a time.
-        width: the most rows of a step, `streams` at most; larger reads take several steps.
+        width: the most rows of a step, `streams` at most and 32 by default; larger reads take several steps.
         capture: on a GPU, record the step as a CUDA graph.
 
     Raises:
