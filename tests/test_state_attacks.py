@@ -317,14 +317,36 @@ def test_paths_that_are_no_files_are_refused(texts, path, good, tmp_path, kind):
         texts.load(other)
 
 
-def test_a_file_is_refused_before_its_tensors_are_read(texts, path, good):
-    """A file of a terabyte, of which almost nothing is on the disk."""
-    parts = Parts(good)
+TERABYTE = 2**40
+
+
+def another_tensor(parts):
     at = len(parts.data)
-    parts.outer["memory"] = {"dtype": "U8", "shape": [2**40], "data_offsets": [at, at + 2**40]}
-    path.write_bytes(parts.pack())
-    os.truncate(path, path.stat().st_size + 2**40 - 2 * 2 * 4 * 4)
-    with pytest.raises(StateFileError, match=r"tensor 'memory' must be torch.float32 \[2, 2, 4\], got torch.uint8"):
+    parts.outer["memory"] = {"dtype": "U8", "shape": [TERABYTE], "data_offsets": [at, at + TERABYTE]}
+
+
+@pytest.mark.parametrize(
+    "change, header, message",
+    [
+        (another_tensor, None, r"tensor 'memory' must be torch.float32 \[2, 2, 4\], got torch.uint8"),
+        (lambda parts: None, None, r"tensors of \d+ bytes are declared, 1099511627\d+ are there"),
+        (lambda parts: None, TERABYTE // 2, "a header of 549755813888 bytes in a file of 1099511"),
+    ],
+)
+def test_a_file_of_a_terabyte_is_refused_before_it_is_read(texts, path, good, change, header, message):
+    """Almost nothing of it is on the disk."""
+    raw = changed(good, change)
+    path.write_bytes(raw if header is None else struct.pack("<Q", header) + raw[8:])
+    memory = 2 * 2 * 4 * 4 if change is another_tensor else 0
+    os.truncate(path, len(raw) + TERABYTE - memory)
+    with pytest.raises(StateFileError, match=message):
+        texts.load(path)
+    path.unlink()
+
+
+def test_a_header_that_is_not_there_is_not_read(texts, path, good):
+    path.write_bytes(struct.pack("<Q", 2**33) + good[8:])
+    with pytest.raises(StateFileError, match=f"a header of {2**33} bytes in a file of {len(good)}"):
         texts.load(path)
 
 
