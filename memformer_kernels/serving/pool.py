@@ -176,13 +176,13 @@ class StreamPool:
 
     @one_at_a_time
     def load(self, path: str | Path) -> Lease:
-        """Goes on, bit for bit, with a text that `save` or `Stream.save` of one row wrote.
+        """Goes on, bit for bit, with a text that `save` or `Stream.save` of one row wrote; `step` counts its tokens.
 
         Raises `StateFileError` for a file that is missing, damaged, or of another model, configuration, weights or
         dtype, and `RuntimeError` where all streams are open.
         """
         state, metadata = stream_files.load_state(path, self.model, self._take([NULL]))
-        return self.open(state, tokens_read=metadata["step"] or 0)
+        return self.open(state, tokens_read=metadata.get("step") or 0)
 
     @one_at_a_time
     def grow(self, streams: int) -> None:
