@@ -17,6 +17,7 @@ from memformer_kernels.ops.memory_forget import memory_forget
 from memformer_kernels.ops.memory_read import memory_read
 from memformer_kernels.ops.memory_write import memory_write
 from memformer_kernels.replay import CapturedCell, StagedCell, memory_replay
+from memformer_kernels.serving import StreamPool
 
 __all__ = [
     "PRESETS",
@@ -32,6 +33,7 @@ __all__ = [
     "Stream",
     "accelerate",
     "cross_attention",
+    "StreamPool",
     "explain",
     "generate",
     "memory_forget",

@@ -13,16 +13,20 @@ import torch
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.search(r"```python\n(import torch.*?)```", README, re.DOTALL)[1]
 WITHOUT_END = re.search(r"```python\n(from memformer_kernels import stream.*?)```", README, re.DOTALL)[1]
+MANY_CLIENTS = re.search(r"```python\n(from memformer_kernels import StreamPool.*?)```", README, re.DOTALL)[1]
 COMMANDS = re.findall(r"^memformer-kernels ([^#\n]*)", README, re.MULTILINE)
 
 
-def test_the_ten_lines_run():
+def test_the_ten_lines_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(PYTHON, names)
     assert names["more"].shape == (8, 50)
     assert all(p.grad is not None for p in names["model"].parameters())
     exec(WITHOUT_END, names)
     assert names["nats"].shape == names["text"].shape and names["more"].shape == (8, 50)
+    exec(MANY_CLIENTS, names)
+    assert names["pool"].tokens_read(names["a"]) == names["text"].shape[1] and len(names["nats_b"]) == 7
 
 
 @pytest.fixture(scope="module")

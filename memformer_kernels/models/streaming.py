@@ -1,11 +1,13 @@
 """Reading texts without end: any length, in any pieces, in constant memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from memformer_kernels.models import stream_files
 from memformer_kernels.models.many_segments import token_losses
 from memformer_kernels.ops.precision import wide
 from memformer_kernels.recording import Recording, cast_anew, dependencies_of
@@ -110,20 +112,45 @@ class Stream:
         return {name: t[index.to(t.device)] for name, t in self._all().items()}
 
     @apart
-    def load_state(self, state: dict[str, Tensor], rows: Rows = None) -> None:
+    def load_state(self, state: Mapping[str, Tensor], rows: Rows = None) -> None:
         """Puts back what `state` returned, of this stream or another one of the same sizes, device and dtype aside."""
         host, _ = self._rows(rows)
+        self.check_state(state, len(host))
+        for name, t in self._all().items():
+            t[host.to(t.device)] = state[name].to(t)
+        self._left_open()
+
+    def check_state(self, state: Mapping[str, Tensor], rows: int) -> None:
+        """Raises `ValueError` unless it can be loaded into so many rows."""
         own = self._all()
         if state.keys() != own.keys():
             raise ValueError(f"stream: state must hold {', '.join(own)}, got {', '.join(state)}")
         for name, t in own.items():
-            self._check_shape(f"state {name!r}", state[name], t[: len(host)])
+            self._check_shape(f"state {name!r}", state[name], t[:1].expand(rows, *t.shape[1:]))
         filled = state["filled"]
         if len(filled) and not 0 <= int(filled.min()) <= int(filled.max()) < self._length:
             raise ValueError(f"stream: state 'filled' must be from 0 to {self._length - 1}, got {filled.tolist()}")
-        for name, t in own.items():
-            t[host.to(t.device)] = state[name].to(t)
-        self._left_open()
+
+    @apart
+    def save(
+        self, path: str | Path, rows: Rows = None, *, stream_id: str | None = None, step: int | None = None
+    ) -> None:
+        """Writes `state(rows)` into a state file, atomically, with digests of it and of the model's weights.
+
+        `stream_id` and `step` are kept beside it, for the caller. Raises `ValueError` for NaN or infinities.
+        """
+        stream_files.save_state(path, self.model, self.state(rows), stream_id=stream_id, step=step)
+
+    @apart
+    def load(self, path: str | Path, rows: Rows = None) -> dict:
+        """Puts back what `save` wrote, into as many rows, and returns the file's metadata: `stream_id`, `step`, ...
+
+        Reading goes on bit for bit. Raises `StateFileError`, and leaves all rows as they were, for a file that is
+        missing, damaged, or of another model, configuration, weights, dtype or number of rows.
+        """
+        state, metadata = stream_files.load_state(path, self.model, self.state(rows))
+        self.load_state(state, rows)
+        return metadata
 
     @apart
     def reset(self, rows: Rows = None) -> None:

@@ -1,4 +1,4 @@
-"""Streams and decoding on a GPU: the bits of the steps that are not recorded, constant memory, a model that changes.
+"""Streams, their pools and decoding on a GPU: the bits of unrecorded steps, constant memory, a model that changes.
 
     PYTHONPATH=. python tests/gpu/check_streaming.py --out /tmp/report
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, generate, stream
+from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, StreamPool, generate, stream
 
 SIZES = dict(vocabulary=256, width=128, heads=4, hidden=512, slots=16, segment_length=64)
 ROWS, LENGTH = 4, 64
@@ -115,6 +115,37 @@ def decoding(model, text, dtype) -> list[dict]:
     return [*rows, {"check": "so after a row was reset", "ok": ok}]
 
 
+def pool(model, text) -> list[dict]:
+    """Ragged reads of a pool, in any order and beside NaN, against streams of as many rows."""
+    width = 3
+    want = [stream(model, width, capture=False).read(t.expand(width, -1))[0] for t in text]
+    cuts = torch.randint(text.shape[1], (ROWS, 4), generator=torch.Generator().manual_seed(2)).sort(-1).values
+    pieces = [t.tensor_split(c.tolist()) for t, c in zip(text, cuts, strict=True)]
+    rows = []
+    for capture in (False, True):
+        kept = StreamPool(model, ROWS + 2, width=width, capture=capture)
+        leases = [kept.open() for _ in text]
+        state = kept.state(leases[0])
+        nan = kept.open({n: t * float("nan") if t.is_floating_point() else t for n, t in state.items()})
+        got = [[] for _ in text]
+        address = kept._rows.memory.data_ptr()
+        for i in range(5):
+            order = [(row + i) % ROWS for row in range(ROWS)]
+            read = kept.read([nan, *(leases[row] for row in order)], [text[0, :7], *(pieces[row][i] for row in order)])
+            for row, nats in zip(order, read[1:], strict=True):
+                got[row].append(nats)
+            row = i % ROWS  # set aside and taken up in another slot
+            state, count = kept.state(leases[row]), kept.tokens_read(leases[row])
+            other = kept.open(state, tokens_read=count)
+            kept.close(leases[row])
+            leases[row] = other
+        ok = same(*((torch.cat(g), w) for g, w in zip(got, want, strict=True)))
+        ok &= bool(read[0].isnan().all()) and kept._rows.memory.data_ptr() == address
+        how = "recorded" if capture else "unrecorded"
+        rows.append({"check": f"texts of a pool have the bits of streams of its width, {how}", "ok": ok})
+    return rows
+
+
 def memory(model, text) -> list[dict]:
     """What the allocator holds after each of many turns, and its peak."""
     rows = []
@@ -197,7 +228,7 @@ def main() -> None:
     for make in (language_model, encoder_decoder):
         for dtype in (torch.float32, torch.bfloat16):
             model, text = make(dtype), some_text(5 * LENGTH + 9)
-            rows = reading(model, text) + decoding(model, text, dtype)
+            rows = reading(model, text) + decoding(model, text, dtype) + pool(model, text)
             rows += memory(model, text) if GPU else []
             rows += changes(make, dtype, text)
             for row in rows:
