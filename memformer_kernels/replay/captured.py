@@ -202,7 +202,8 @@ class _Capture:
         if self.store.device.type == "cuda":
             graph_random = GraphRandom(self.store.device, calls if draws else 0)
             self.surroundings = dataclasses.replace(part.surroundings, random=graph_random)
-            self.random = graph_random if draws else None
+            # a rollout without gradients draws once: from the default generator, which moves on by itself
+            self.random = graph_random if graph_random.generators else None
         self._record()
 
     @property
