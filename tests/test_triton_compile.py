@@ -18,6 +18,7 @@ SHARED_MEMORY = {
 }  # KiB a program may have (CUDA C++ Programming Guide, compute capabilities)
 TENSOR_MEMORY = 512  # columns, of compute capability 10.0
 PRODUCTS = ("memory_read", "memory_write_forward_attend", "memory_write_backward_resident", "attention_backward")
+PRODUCTS += ("segment_attention",)
 
 
 @pytest.fixture(scope="module", params=sorted(SHARED_MEMORY))
@@ -50,6 +51,13 @@ def test_every_kernel_is_compiled(kernels):
         "memory_forget_forward_kernel",
         "memory_forget_backward_kernel",
         "sum_partials_kernel",
+        "segment_attention_forward_kernel",
+        "segment_attention_backward_kernel",
+        "residual_norm_forward_kernel",
+        "residual_norm_backward_kernel",
+        "column_sums_kernel",
+        "gelu_forward_kernel",
+        "gelu_backward_kernel",
     }
 
 
