@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw them here (needs matplotlib)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("rollout: needs a GPU; a CPU measures nothing here. On a CPU the tests run the same code")
+        sys.exit("rollout: needs a GPU; a CPU measures nothing here")
     torch.set_float32_matmul_precision("high")
     report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
     report |= {"command": "python benchmarks/rollout.py " + " ".join(sys.argv[1:]), "shapes": {}}

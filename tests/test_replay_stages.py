@@ -486,6 +486,11 @@ def test_graphs_of_a_staged_rollout_are_let_go_without_the_garbage_collector():
         gc.enable()
 
 
+def test_a_graph_holds_at_least_one_segment():
+    with pytest.raises(ValueError, match="CapturedCell: segments_per_graph must be at least 1, got 0"):
+        CapturedCell(lambda x, s: (x, s), segments_per_graph=0)
+
+
 def test_captures_are_let_go():
     model, segments = _language_model(3)
     cell = _captured(model.cell)

@@ -49,6 +49,8 @@ class CapturedCell:
     def __init__(
         self, cell: Callable[[Any, Any], tuple[Any, Any]], *, segments_per_graph: int = 128, always: bool = False
     ):
+        if segments_per_graph < 1:
+            raise ValueError(f"CapturedCell: segments_per_graph must be at least 1, got {segments_per_graph}")
         self.cell, self.segments_per_graph, self.always = cell, segments_per_graph, always
         self.reason: str | None = None  # why it runs in Python
         self.modules = modules_of(cell)
