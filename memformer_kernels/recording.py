@@ -1,6 +1,7 @@
 """A function recorded once as a CUDA graph, then replayed without its Python and its launches."""
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
@@ -49,6 +50,7 @@ class Recording(Generic[Result]):
             recording = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
             with _put_right_if_it_fails(), _no_garbage_collection(), recording:
                 self._result = body()
+            _free_workspaces()
         self._body, self._graph = None, graph  # the graph holds what it needs, but not what the closure holds
 
     def replay(self) -> Result:
@@ -91,11 +93,24 @@ def aside(device: torch.device) -> Iterator[None]:
         yield
         return
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield
         torch.cuda.current_stream().wait_stream(stream)
+        _free_workspaces()
+
+
+@functools.cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+def _free_workspaces() -> None:
+    """cuBLAS keeps 32 MiB for every pair of thread and stream that it was called from. What a graph needs of them stays
+    in its pool all the same, where the pool's next graph, which never runs at the same time, uses it too."""
+    if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextlib.contextmanager

@@ -15,18 +15,18 @@ F64 = torch.float64
 SIZES = dict(vocabulary=11, width=8, heads=2, hidden=16, slots=3, segment_length=5)
 
 
-def _language_model(horizon, dropout=0.0, dtype=F64):
+def _language_model(horizon, dtype=F64, **options):
     torch.manual_seed(3)
-    model = MemformerLM(MemformerLMConfig(**SIZES, layers=3, dropout=dropout)).to(dtype)
+    model = MemformerLM(MemformerLMConfig(**SIZES, **options, layers=3)).to(dtype)
     segments = [tuple(torch.randint(11, (2, 5)) for _ in range(2)) for _ in range(horizon)]
     segments[-1] = tuple(t[:, :3] for t in segments[-1])  # a text ends where it ends
     segments[0][1][:, 1:3] = -100
     return model, segments
 
 
-def _encoder_decoder(horizon, dropout=0.0, dtype=F64):
+def _encoder_decoder(horizon, dtype=F64, dropout=0.0, **options):
     torch.manual_seed(4)
-    config = MemformerConfig(**SIZES, encoder_layers=2, decoder_layers=2, dropout=dropout)
+    config = MemformerConfig(**SIZES, **options, encoder_layers=2, decoder_layers=2, dropout=dropout)
     model = Memformer(config).to(dtype)
     return model, [tuple(torch.randint(11, (2, 5)) for _ in range(3)) for _ in range(horizon)]
 
@@ -103,7 +103,7 @@ def test_dropout_masks_are_the_same_in_both_passes(make, way):
 @every_model
 def test_captured_rollouts_have_the_bits_of_uncaptured_ones(make):
     for dropout in (0.0, 0.2):
-        model, segments = make(5, dropout, torch.float32)
+        model, segments = make(5, torch.float32, dropout=dropout)
         recorded = _captured(model.cell)
         for reduction in ("none", "sum"):
             expected = _gradients(model, model.cell, segments, reduction=reduction)
@@ -217,6 +217,35 @@ def test_what_the_forward_made_is_let_go_by_the_backward():
     ours = [*model.parameters(), *(t for segment in segments for t in segment)]
     known = {t.untyped_storage()._cdata for t in ours}
     assert all(ref.expired() or ref.cdata in known for ref in saved)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@every_way
+@every_model
+def test_what_is_recomputed_does_not_matter(make, way, dropout):
+    results = []
+    for recompute in ("none", "cheap", "all"):
+        model, segments = make(4, dropout=dropout, recompute=recompute)
+        results += [_gradients(model, way(model.cell), segments, seed=5) for _ in range(2)]
+    for loss, found in results[1:]:
+        assert loss == results[0][0]
+        assert_equal(found, results[0][1])
+
+
+@every_model
+def test_graph_that_recomputes_all_holds_the_inputs_of_layers(make):
+    held = {}
+    for recompute in ("cheap", "all"):
+        model, segments = make(2, recompute=recompute)
+        held[recompute] = explain(memory_replay, model.cell, segments, model.initial_memory(2)).graph["advance"]
+    assert held["all"] < held["cheap"] / 2
+
+
+@pytest.mark.parametrize("config", [MemformerLMConfig, MemformerConfig])
+def test_unknown_recompute_is_refused(config):
+    model = MemformerLM if config is MemformerLMConfig else Memformer
+    with pytest.raises(ValueError, match="recompute must be one of .*'all'.*, got 'some'"):
+        model(config(recompute="some"))
 
 
 def test_explain_tells_what_a_rollout_will_keep():

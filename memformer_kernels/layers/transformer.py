@@ -1,10 +1,12 @@
 """Transformer layers with a memory: pre-norm, three sublayers each, as in the paper."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from memformer_kernels.layers import fused
 from memformer_kernels.layers.memory import KeyValue, MemoryRead, merge_heads, split_heads
@@ -115,10 +117,30 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
+RECOMPUTE = ("none", "cheap", "all")
+
+
+def _recomputed(method: Callable) -> Callable:
+    """A part of a layer, of which the graph holds nothing but its inputs where the layer recomputes "all"."""
+
+    @functools.wraps(method)
+    def run(self: "Layer", *tensors: object, **options: object) -> tuple[Tensor, Tensor]:
+        if self.recompute != "all" or not torch.is_grad_enabled():
+            return method(self, *tensors, **options)
+        draws = self.training and self.dropout.p > 0
+        part = functools.partial(method, self, **options)
+        return checkpoint(part, *tensors, use_reentrant=False, preserve_rng_state=draws)
+
+    return run
+
+
 class Layer(nn.Module):
     """Self-attention, another attention, feed-forward, each normalised before and added after.
 
     Residual form: what is not yet added goes along as `branch`, so that the next normalisation adds it.
+
+    `recompute`: what the backward computes again. "none": nothing. "cheap": normalisations and GELU, on a GPU; their
+    inputs are kept. "all": matrix products too; inputs of a layer's parts are kept.
     """
 
     def __init__(
@@ -133,8 +155,8 @@ class Layer(nn.Module):
         **attention: nn.Module,
     ):
         super().__init__()
-        if recompute not in ("cheap", "none"):
-            raise ValueError(f"{type(self).__name__}: recompute must be 'cheap' or 'none', got {recompute!r}")
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"{type(self).__name__}: recompute must be one of {RECOMPUTE}, got {recompute!r}")
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.self_attention = SelfAttention(width, heads, causal=causal, dropout=dropout)
         for name, module in attention.items():
@@ -143,6 +165,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.recompute = recompute
 
+    @_recomputed
     def attend_to_itself(
         self,
         x: Tensor,
@@ -165,10 +188,7 @@ class Layer(nn.Module):
 
 
 class MemoryLayer(Layer):
-    """Self-attention, memory read, feed-forward: the encoder's layer, and with `causal` the decoder-only model's.
-
-    `recompute`: what the backward computes again on a GPU, "cheap" (normalisations and GELU) or "none".
-    """
+    """Self-attention, memory read, feed-forward: the encoder's layer, and with `causal` the decoder-only model's."""
 
     def __init__(
         self,
@@ -190,13 +210,14 @@ class MemoryLayer(Layer):
 
         `tokens`: `token_mask` [B, L] bool, True where there is a token; or a `cache`.
         """
-        x, branch = self.read(*self.attend_to_itself(x, None, **tokens), memory)
+        x, branch = self.read(*self.attend_to_itself(x, None, **tokens), *memory)
         return x + branch
 
-    def read(self, x: Tensor, branch: Tensor | None, memory: KeyValue) -> tuple[Tensor, Tensor]:
+    @_recomputed
+    def read(self, x: Tensor, branch: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The second and third sublayer, in residual form."""
         x, query = self._normalised(1, x, branch, self.memory_read.query)
-        read = fused.linear(self.memory_read.attend(query, *memory), self.memory_read.output)
+        read = fused.linear(self.memory_read.attend(query, key, value), self.memory_read.output)
         return self._fed_forward(x, self.dropout(read))
 
 
@@ -217,9 +238,15 @@ class DecoderLayer(Layer):
         self, x: Tensor, branch: Tensor | None, context: KeyValue, *, context_mask: Tensor | None, **tokens: object
     ) -> tuple[Tensor, Tensor]:
         """All sublayers, in residual form."""
-        x, branch = self.attend_to_itself(x, branch, **tokens)
-        if context[0].shape[2]:
+        return self._attend_to_context(*self.attend_to_itself(x, branch, **tokens), *context, context_mask)
+
+    @_recomputed
+    def _attend_to_context(
+        self, x: Tensor, branch: Tensor, key: Tensor, value: Tensor, context_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The second and third sublayer, in residual form."""
+        if key.shape[2]:
             x, query = self._normalised(1, x, branch, self.cross_attention.query)
-            attended = self.cross_attention.attend(query, context, context_mask)
+            attended = self.cross_attention.attend(query, (key, value), context_mask)
             branch = self.dropout(fused.linear(attended, self.cross_attention.output))
         return self._fed_forward(x, branch)

@@ -8,7 +8,7 @@ class MemformerLMConfig:
     """Decoder-only model: causal self-attention, memory read, feed-forward in every layer.
 
     `segment_length` is the most tokens a segment may hold. `temperature`, `retention`, `forgetting` and `own_value`
-    are those of `layers.MemoryWrite`, `recompute` is that of `layers.MemoryLayer`.
+    are those of `layers.MemoryWrite`, `recompute` is that of `layers.transformer.Layer`.
     """
 
     vocabulary: int = 256

@@ -103,7 +103,7 @@ class Memformer(Recurrent):
         for i, (layer, slots) in enumerate(zip(self.encoder, self.projection(memory), strict=True)):
             if i > 0:
                 x, branch = layer.attend_to_itself(x, branch, token_mask=token_mask)
-            x, branch = layer.read(x, branch, slots)
+            x, branch = layer.read(x, branch, *slots)
         states = fused.residual_norm(x, branch, self.encoder_norm)[1]
         return states, self.write(memory, states, token_mask=token_mask)
 

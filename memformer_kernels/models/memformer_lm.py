@@ -109,11 +109,11 @@ class MemformerLM(Recurrent):
         caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
         """From there to the final states."""
-        x, branch = self.layers[0].read(x, None, slots[0])
+        x, branch = self.layers[0].read(x, None, *slots[0])
         for i, layer in enumerate(self.layers[1:], 1):
             cache = None if caches is None else caches[i]
             x, branch = layer.attend_to_itself(x, branch, token_mask=token_mask, cache=cache)
-            x, branch = layer.read(x, branch, slots[i])
+            x, branch = layer.read(x, branch, *slots[i])
         return fused.residual_norm(x, branch, self.norm)[1]
 
     def initial_state(self, batch: int) -> State:
