@@ -2,11 +2,11 @@
 compiled, and ours, with the budgets between replay and full back-propagation.
 
     python benchmarks/rollout.py --out benchmarks/results/rollout_h200.json --plot docs/images/rollout.png
-    python benchmarks/rollout.py --shapes small --skip compiled
+    python benchmarks/rollout.py --shapes small --skip compiled,budget
 
 A time is the median of wall times from the first call to the end of the last kernel. "busy" is the time in which a
-kernel ran. Peak memory is what a rollout adds to the model and its segments: what the allocator hands out at most,
-gradients included, and what recorded graphs hold all the time.
+kernel ran. Peak memory is what a rollout adds to the model and its segments, gradients and cuBLAS workspaces included:
+what the allocator hands out at most, and what recorded graphs hold beside it all the time.
 """
 
 import argparse
@@ -41,6 +41,7 @@ class Shape:
     layers: int
     slots: int
     decoder_layers: int = 0
+    recompute: str = "cheap"
 
     @property
     def tensors(self) -> int:
@@ -55,7 +56,7 @@ class Shape:
 
     def ours(self) -> torch.nn.Module:
         sizes = dict(width=self.width, heads=self.heads, hidden=4 * self.width, slots=self.slots, dropout=0.0)
-        sizes |= dict(vocabulary=256, segment_length=self.length)
+        sizes |= dict(vocabulary=256, segment_length=self.length, recompute=self.recompute)
         if self.decoder_layers:
             layers = dict(encoder_layers=self.layers, decoder_layers=self.decoder_layers)
             return Memformer(MemformerConfig(**sizes, **layers))
@@ -71,12 +72,15 @@ SHAPES = {
     "large": Shape(16, 32, 512, 1024, 16, 8, 128),
     "long": Shape(64, 4, 64, 512, 8, 4, 32),
     "encoder-decoder": Shape(16, 8, 128, 512, 8, 4, 128, decoder_layers=16),
+    "paper-4": Shape(4, 16, 128, 512, 8, 12, 32),  # the paper's table of replay; its batch is not stated
+    "paper-16": Shape(16, 16, 128, 512, 8, 12, 32),
 }
-FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the graphs of a rollout: budgets
+FRACTIONS = (0.0, 0.25, 0.5, 1.0)  # of the graphs of a rollout: budgets
 HORIZONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROFILED = ("plain bptt", "compiled bptt", "ours replay")  # a profile takes longer than the rollouts
 
 
-def rollouts(shape: Shape, skip: str) -> Iterator[tuple[str, Make]]:
+def rollouts(shape: Shape, skip: list[str]) -> Iterator[tuple[str, Make]]:
     """Names, and what builds the model and its rollout: one stands at a time."""
     segments = shape.segments()
 
@@ -94,7 +98,7 @@ def rollouts(shape: Shape, skip: str) -> Iterator[tuple[str, Make]]:
 
         return make
 
-    def of_ours(wrap: Callable, **options) -> Make:
+    def of_ours(wrap: Callable, shape: Shape = shape, **options) -> Make:
         def make() -> tuple[torch.nn.Module, Callable[[], None]]:
             torch.manual_seed(0)
             model = shape.ours().to(CUDA, torch.bfloat16)
@@ -116,7 +120,10 @@ def rollouts(shape: Shape, skip: str) -> Iterator[tuple[str, Make]]:
     yield "ours bptt, no graphs", of_ours(lambda cell: cell, method="bptt")
     yield "ours replay, no graphs", of_ours(lambda cell: cell)
     yield "ours replay", of_ours(CapturedCell)
-    whole = 0 if skip and skip in "budgets" else graphs_of_a_rollout(shape)
+    for recompute in ("none", "all"):
+        other = dataclasses.replace(shape, recompute=recompute)
+        yield f"ours replay, recompute {recompute}", of_ours(CapturedCell, other)
+    whole = 0 if "budget" in skip else graphs_of_a_rollout(shape)
     for fraction in FRACTIONS if whole else ():
         yield (
             f"ours, budget {whole * fraction / MIB:.0f} MiB",
@@ -142,9 +149,11 @@ def graphs_of_a_rollout(shape: Shape) -> int:
 def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
     gc.collect()
     torch.cuda.empty_cache()
+    if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):  # of the run before
+        torch._C._cuda_clearCublasWorkspaces()
     model, run = make()
     torch.cuda.synchronize()
-    reserved = torch.cuda.memory_reserved()
+    idle = torch.cuda.memory_allocated()
     started = time.perf_counter()
     run()
     torch.cuda.synchronize()
@@ -153,10 +162,11 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    held, idle = torch.cuda.memory_reserved() - reserved, torch.cuda.memory_allocated()
+    pools = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
     torch.cuda.reset_peak_memory_stats()
     run()
-    peak = torch.cuda.max_memory_allocated() - idle + max(held, 0)
+    free_in_pools = sum(s["total_size"] - s["allocated_size"] for s in pools)
+    peak = torch.cuda.max_memory_allocated() - idle + free_in_pools
     walls, hosts = [], []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -170,7 +180,7 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
         "host_ms": round(statistics.median(hosts) * 1e3, 2),
         "first_call_s": round(first, 2),
         "peak_MiB": round(peak / MIB),
-        "held_MiB": round(held / MIB),
+        "held_MiB": round(sum(s["total_size"] for s in pools) / MIB),
     }
     return figures | (profiled(run) if kernels else {})
 
@@ -188,10 +198,8 @@ def over_horizons(shape: Shape, repeats: int) -> list[dict]:
     rows = []
     for horizon in HORIZONS:
         longer = dataclasses.replace(shape, horizon=horizon)
-        for name, make in rollouts(longer, "budgets"):
-            if name in ("plain bptt", "plain checkpoint", "plain replay", "ours replay"):
-                if name != "ours replay" and horizon > 64:
-                    continue
+        for name, make in rollouts(longer, ["budget"]):
+            if name == "ours replay" or name in ("plain bptt", "plain checkpoint", "plain replay") and horizon <= 64:
                 rows.append({"horizon": horizon, "run": name} | measure(make, repeats, kernels=False))
                 print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -200,35 +208,39 @@ def over_horizons(shape: Shape, repeats: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"some of {','.join(SHAPES)}")
-    parser.add_argument("--skip", default="", help="leave out runs whose name contains this: plain, compiled, budget")
+    parser.add_argument("--skip", default="", help="leave out runs whose name contains one of these: compiled,budget")
     parser.add_argument("--only", default="", help="only runs whose name contains this")
     parser.add_argument("--repeats", type=int, default=5, help="rollouts timed, default 5")
     parser.add_argument("--horizons", action="store_true", help="also time and memory over 1 to 256 segments")
-    parser.add_argument("--out", type=Path, help="write the figures here")
+    parser.add_argument("--out", type=Path, help="write the figures here, in the place of those of the same shapes")
     parser.add_argument("--plot", type=Path, help="draw them here (needs matplotlib)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("rollout: needs a GPU; a CPU measures nothing here")
     torch.set_float32_matmul_precision("high")
-    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
-    report |= {"command": "python benchmarks/rollout.py " + " ".join(sys.argv[1:]), "shapes": {}}
-    for name in options.shapes.split(","):
+    skip = options.skip.split(",") if options.skip else []
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
+    report = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"shapes": {}}
+    report |= machine
+    command = {"command": "python benchmarks/rollout.py " + " ".join(sys.argv[1:])}
+    for name in options.shapes.split(",") if options.shapes else ():
         shape, rows = SHAPES[name], []
         print(f"{name}: {dataclasses.asdict(shape)}", flush=True)
-        for run, make in rollouts(shape, options.skip):
-            if options.skip and options.skip in run or options.only not in run:
+        for run, make in rollouts(shape, skip):
+            if any(part in run for part in skip) or options.only not in run:
                 continue
             try:
-                row = {"run": run} | measure(make, options.repeats, kernels="budget" not in run)
+                row = {"run": run} | measure(make, options.repeats, kernels=run in PROFILED)
             except (RuntimeError, torch.OutOfMemoryError) as error:  # one that fails does not take the others along
                 row = {"run": run, "failed": str(error).splitlines()[0]}
             torch._dynamo.reset()
             rows.append(row)
             print(json.dumps(row), flush=True)
-        report["shapes"][name] = {"shape": dataclasses.asdict(shape), "rows": rows}
+        report["shapes"][name] = {"shape": dataclasses.asdict(shape), **command, "rows": rows}
         _write(options, report)
     if options.horizons:
-        report["horizons"] = {"shape": dataclasses.asdict(SHAPES["long"]), "rows": over_horizons(SHAPES["long"], 3)}
+        rows = over_horizons(SHAPES["long"], 1)
+        report["horizons"] = {"shape": dataclasses.asdict(SHAPES["long"]), **command, "rows": rows}
         _write(options, report)
 
 

@@ -45,22 +45,22 @@ def test_text_that_cannot_be_used_is_refused_by_name(tmp_path):
 
 def test_lanes_read_on_contiguously_and_targets_are_one_byte_ahead():
     text = torch.arange(200, dtype=torch.uint8)
-    lanes = Lanes(text, batch=2, length=5)
-    first, second = lanes.rollout(2), lanes.rollout(1)
+    lanes = Lanes(text, batch=2)
+    first, second = lanes.rollout(2, 5), lanes.rollout(1, 5)
     for lane, start in ((0, 0), (1, 100)):
         tokens = torch.cat([segment[0][lane] for segment in first + second])
         targets = torch.cat([segment[1][lane] for segment in first + second])
         assert tokens.tolist() == list(range(start, start + 15))
         assert targets.tolist() == list(range(start + 1, start + 16))
-    assert torch.equal(Lanes(text, 2, 5, position=10).rollout(1)[0][0], second[0][0])
+    assert torch.equal(Lanes(text, 2, position=10).rollout(1, 5)[0][0], second[0][0])
 
 
 def test_lanes_go_round_the_text():
-    lanes = Lanes(torch.arange(10, dtype=torch.uint8), batch=1, length=8)
-    lanes.rollout(1)
-    assert lanes.rollout(1)[0][0].tolist() == [[8, 9, 0, 1, 2, 3, 4, 5]]
+    lanes = Lanes(torch.arange(10, dtype=torch.uint8), batch=1)
+    lanes.rollout(1, 8)
+    assert lanes.rollout(1, 8)[0][0].tolist() == [[8, 9, 0, 1, 2, 3, 4, 5]]
     with pytest.raises(DataError, match="holds 3 bytes; 8 lanes need more"):
-        Lanes(torch.zeros(3, dtype=torch.uint8), batch=8, length=4)
+        Lanes(torch.zeros(3, dtype=torch.uint8), batch=8)
 
 
 def test_recall_shows_a_symbol_once_and_asks_for_it_at_the_end():

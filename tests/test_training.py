@@ -37,19 +37,51 @@ def weights(some):
     return [t.clone() for t in some.model.state_dict().values()]
 
 
-def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, text):
-    whole = trainer(text)
+@pytest.mark.parametrize("more", [{}, dict(restart=0.4, lengths=(4, 8, 8))], ids=["plain", "restarts and lengths"])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, text, more):
+    settings = replace(SETTINGS, **more)
+    whole = trainer(text, settings)
     losses = [whole.step() for _ in range(12)]
-    first = trainer(text)
+    first = trainer(text, settings)
     for _ in range(5):
         first.step()
     first.save(tmp_path / "checkpoint")
     torch.manual_seed(12345)
-    second = trainer(text)
+    second = trainer(text, settings)
     second.load(tmp_path / "checkpoint")
     assert [second.step() for _ in range(7)] == losses[5:]
     assert all(map(torch.equal, weights(whole), weights(second)))
     assert torch.equal(whole.memory, second.memory)
+
+
+def test_lengths_follow_one_another(text):
+    some = trainer(text, replace(SETTINGS, lengths=(4, 8, 8), horizons=(2,)))
+    seen = []
+    take = some.task.rollout
+    some.task.rollout = lambda *size: seen.append(size) or take(*size)
+    for _ in range(12):
+        some.step()
+    assert seen == [(2, 4)] * 4 + [(2, 8)] * 8 and some.task.lanes.position == 2 * (4 * 4 + 8 * 8)
+    with pytest.raises(ValueError, match="lengths must be at most the model's segment_length, 8, got"):
+        trainer(text, replace(SETTINGS, lengths=(4, 16)))
+    with pytest.raises(ValueError, match="lengths must be numbers from 1 up"):
+        replace(SETTINGS, lengths=(0,))
+
+
+def test_restarted_lanes_begin_with_the_initial_memory_and_teach_it(text):
+    for restart in (0.0, 0.5, 1.0):
+        some, given = trainer(text, replace(SETTINGS, batch=16, restart=restart)), []
+        carried = some.memory = torch.nn.functional.normalize(torch.randn_like(some.memory), dim=-1)
+        initial = some.model.initial_memory(16).detach()
+        some.rollout.cell = lambda segment, memory: given.append(memory) or some.model.cell(segment, memory)  # noqa: B023
+        some.step()
+        assert given[0].requires_grad == (restart > 0)
+        fresh, kept = ((given[0] == memory).flatten(1).all(1) for memory in (initial, carried))
+        assert bool((fresh ^ kept).all())
+        low, high = {0.0: (0, 0), 0.5: (1, 15), 1.0: (16, 16)}[restart]
+        assert low <= int(fresh.sum()) <= high
+    with pytest.raises(ValueError, match="restart must be from 0 to 1"):
+        replace(SETTINGS, restart=1.5)
 
 
 def test_recall_resumes_with_its_data(tmp_path):

@@ -194,10 +194,10 @@ def _stop_together(ranks, folder):
     interrupted, some = RunFolder(folder / "interrupted"), trainer(ranks)
     make_rollout = some.task.rollout
 
-    def rollout(horizon):
+    def rollout(horizon, length):
         if second and some.step_count == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return make_rollout(horizon)
+        return make_rollout(horizon, length)
 
     some.task.rollout = rollout
     with pytest.raises(Interrupted, match="saved after step 3 of 6"):

@@ -31,6 +31,12 @@ def train(
         str | None, typer.Option(help="Segments a rollout; 2,4,8 is a curriculum in equal parts.")
     ] = None,
     segment_length: Annotated[int | None, typer.Option(help="Tokens a segment.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens a segment in equal parts of the run, up to --segment-length: 32,128.")
+    ] = None,
+    restart: Annotated[
+        float | None, typer.Option(help="Chance that a lane begins anew at a rollout, so that the model learns to.")
+    ] = None,
     slots: Annotated[int | None, typer.Option(help="Slots of the memory.")] = None,
     width: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
@@ -81,6 +87,8 @@ def train(
             steps=steps,
             batch=batch,
             horizons=parse_numbers("--horizons", horizons),
+            lengths=parse_numbers("--lengths", lengths),
+            restart=restart,
             learning_rate=learning_rate,
             method=method,
             precision=precision,

@@ -57,7 +57,8 @@ class Job:
         path = folder / "job.json"
         try:
             fields = json.loads(path.read_text())
-            settings = Settings(**{**fields["settings"], "horizons": tuple(fields["settings"]["horizons"])})
+            listed = {name: tuple(value) for name, value in fields["settings"].items() if isinstance(value, list)}
+            settings = Settings(**{**fields["settings"], **listed})
             return cls(fields["task"], fields["paths"], MemformerLMConfig(**fields["config"]), settings)
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder}: holds no run to resume; leave --resume out to begin one") from None

@@ -11,20 +11,19 @@ Segment = tuple[Tensor, Tensor]
 class Lanes:
     """Cuts text, uint8 [N], into rollouts of segments. Where it stands is one number, `position`.
 
-    Lane i starts at i * N / B and goes round the whole text. Segments are (tokens, targets), int64 [B, L] each, the
-    targets one byte ahead.
+    Lane i starts at i * N / B and goes round the whole text.
     """
 
-    def __init__(self, text: Tensor, batch: int, length: int, position: int = 0):
+    def __init__(self, text: Tensor, batch: int, position: int = 0):
         if len(text) < max(2, batch):
             raise DataError(f"the text holds {len(text)} bytes; {batch} lanes need more")
-        self.text, self.length, self.position = text, length, position
+        self.text, self.position = text, position
         self.starts = torch.arange(batch, device=text.device) * (len(text) // batch)
 
-    def rollout(self, horizon: int) -> list[Segment]:
-        """The next `horizon` segments of every lane."""
-        span = torch.arange(horizon * self.length + 1, device=self.text.device)
+    def rollout(self, horizon: int, length: int) -> list[Segment]:
+        """The next segments of every lane: (tokens, targets), int64 [B, length] each, the targets one byte ahead."""
+        span = torch.arange(horizon * length + 1, device=self.text.device)
         tokens = self.text[(self.starts[:, None] + self.position + span) % len(self.text)].long()
-        self.position += horizon * self.length
-        inputs, targets = tokens[:, :-1].split(self.length, 1), tokens[:, 1:].split(self.length, 1)
+        self.position += horizon * length
+        inputs, targets = tokens[:, :-1].split(length, 1), tokens[:, 1:].split(length, 1)
         return list(zip(inputs, targets, strict=True))

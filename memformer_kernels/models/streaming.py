@@ -54,6 +54,9 @@ class Stream:
 
     A text's results depend on its tokens alone: not on the pieces that they come in, nor on the texts beside it.
 
+    The state keeps the dtype that it was opened with: autocast has it wider. What is computed follows the autocast of
+    each call.
+
     The model may be trained in place, and later reads see it. Where its parameters were replaced, the steps are
     recorded anew; where they have another device or dtype, calls raise.
     """

@@ -136,8 +136,9 @@ class _Clock:
         t = self.trainer
         if t.device.type == "cuda":
             torch.cuda.synchronize(t.device)
+        s, longest = t.settings, t.model.config.segment_length
         steps = range(self.step, t.step_count)
-        tokens = sum(t.settings.horizon(s) for s in steps) * t.settings.batch * t.task.length
+        tokens = sum(s.horizon(step) * s.length(step, longest) for step in steps) * s.batch
         seconds = time.perf_counter() - self.since
         self.pause()
         return round(tokens / seconds, 1)

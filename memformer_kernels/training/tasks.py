@@ -21,13 +21,13 @@ class TextTask:
     better = min
 
     def __init__(self, text: Text, batch: int, length: int, device: torch.device):
-        self.lanes = Lanes(text.train.to(device), batch, length)
+        self.lanes = Lanes(text.train.to(device), batch)
         self.validation = text.validation.to(device)
         self.digest = hashlib.sha256(memoryview(text.train.numpy())).hexdigest()
         self.length = length
 
-    def rollout(self, horizon: int) -> list[tuple[Tensor, Tensor]]:
-        return self.lanes.rollout(horizon)
+    def rollout(self, horizon: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        return self.lanes.rollout(horizon, length)
 
     def state(self) -> dict:
         return {"position": self.lanes.position, "text": self.digest}
@@ -47,11 +47,11 @@ class TextTask:
         segments = max(1, (len(self.validation) // batch - 1) // self.length)
         if not everything:
             segments = min(segments, max(1, VALIDATION_BYTES // (batch * self.length)))
-        lanes = Lanes(self.validation, batch, self.length)
+        lanes = Lanes(self.validation, batch)
         memory = initial = model.initial_memory(batch)
         total = torch.zeros((), dtype=torch.float64)
         for _ in range(segments):
-            (segment,) = lanes.rollout(1)
+            (segment,) = lanes.rollout(1, self.length)
             loss, memory = model.loss(segment, initial if reset else memory)
             total += loss.double().cpu()
         return (total / segments).item() / math.log(2)
@@ -68,7 +68,9 @@ class RecallTraining:
         self.task, self.length, self.horizon, self.device = RecallTask(batch, length), length, horizon, device
         self.generator = torch.Generator().manual_seed(seed)
 
-    def rollout(self, horizon: int) -> list[tuple[Tensor, Tensor]]:
+    def rollout(self, horizon: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        if length != self.length:
+            raise ValueError(f"train: lengths must be {self.length} in the recall task, got {length}")
         return self._to_device(self.task.rollout(horizon, self.generator))
 
     def state(self) -> dict:

@@ -26,6 +26,9 @@ class Trainer:
     def __init__(
         self, config: MemformerLMConfig, settings: Settings, task: Any, device: torch.device, ranks: Ranks | None = None
     ):
+        if max(settings.lengths, default=0) > config.segment_length:
+            longest = f"segment_length, {config.segment_length}"
+            raise ValueError(f"train: lengths must be at most the model's {longest}, got {settings.lengths}")
         torch.manual_seed(settings.seed)
         self.settings, self.task, self.device = settings, task, device
         self.ranks = ranks or Ranks(device)
@@ -53,12 +56,15 @@ class Trainer:
 
     def step(self) -> float:
         """One rollout and one step of the optimiser; the mean loss of its counted segments, in nats a token."""
-        s = self.settings
-        lanes = self.lanes
-        segments = [(x[lanes], y[lanes]) for x, y in self.task.rollout(s.horizon(self.step_count))]
+        s, lanes = self.settings, self.lanes
+        size = s.horizon(self.step_count), s.length(self.step_count, self.model.config.segment_length)
+        segments = [(x[lanes], y[lanes]) for x, y in self.task.rollout(*size)]
         carried = self.memory if self.task.carries_memory and not s.twin else None
+        restarted = None
+        if s.restart and carried is not None:
+            restarted = torch.rand(len(carried), device=self.device) < s.restart
         with s.autocast(self.device):
-            loss, memory = self.rollout(segments, carried)
+            loss, memory = self.rollout(segments, carried, restarted)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
@@ -128,8 +134,9 @@ class Trainer:
         self.ranks.set_random(groups["random"], self.settings.seed, self.step_count)
 
     def _description(self) -> dict:
-        config, settings = dataclasses.asdict(self.model.config), dataclasses.asdict(self.settings)
-        return {"kind": KIND, "config": config, "settings": settings | {"horizons": list(self.settings.horizons)}}
+        settings = dataclasses.asdict(self.settings)
+        settings |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
+        return {"kind": KIND, "config": dataclasses.asdict(self.model.config), "settings": settings}
 
 
 class Rollout(nn.Module):
@@ -139,10 +146,16 @@ class Rollout(nn.Module):
         super().__init__()
         self.model, self.cell, self.method = model, cell, method
 
-    def forward(self, segments: list[tuple[Tensor, Tensor]], memory: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The mean loss of the counted segments, and the memory after the last; from the initial memory if None."""
+    def forward(
+        self, segments: list[tuple[Tensor, Tensor]], memory: Tensor | None, restarted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The mean loss of the counted segments, and the memory after the last; from the initial memory where that
+        before is None, or a lane is `restarted`, bool [B]."""
+        initial = self.model.initial_memory(len(segments[0][0]))
         if memory is None:
-            memory = self.model.initial_memory(len(segments[0][0]))
+            memory = initial
+        elif restarted is not None:
+            memory = torch.where(restarted[:, None, None], initial, memory)
         total, memory = memory_replay(self.cell, segments, memory, method=self.method, reduction="sum")
         counted = torch.stack([(targets != -100).any() for _, targets in segments]).sum()
         return total / counted, memory.detach()
