@@ -4,8 +4,8 @@
 
 The paper's sizes in bfloat16, 1 and 16 texts side by side. A series reads one text on and on, 4,096 tokens a call, and
 is measured between lengths that grow by four: a model of linear time and constant memory takes the same time for every
-token, and holds the same bytes. Each series stops at 4 M tokens, or before the length for which its share of `--seconds`
-is too short. The clock starts after a second of reading, which an idle GPU needs to reach its clock rate.
+token, and holds the same bytes. Each series stops at 4 M tokens, or before the length for which its share of
+`--seconds` is too short. The clock starts after a second of reading: an idle GPU has to reach its clock rate.
 Decoding is greedy, with the steps as CUDA graphs and with the same steps called one by one. Writes streaming.json and
 streaming.png.
 

@@ -14,23 +14,25 @@ from types import ModuleType
 
 import torch
 
+from memformer_kernels.compiling import constant
+
 NAME = "memformer_kernels._C"
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def load() -> ModuleType | None:
     """The compiled module, or None: then `why_not()` says why. Safe to call from any thread."""
     return _load()[0]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_not() -> str | None:
     """Why there is no compiled module, in one line; None when there is one."""
     return _load()[1]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_not_on(device_index: int) -> str | None:
     """Why the loaded module cannot run on this GPU; None when it can."""
     return _why_not_on(device_index)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from memformer_kernels import checks
+from memformer_kernels.compiling import constant
 
 if TYPE_CHECKING:
     from memformer_kernels.replay.estimate import Estimate
@@ -38,7 +39,7 @@ def implementation(op: str, backend: str) -> ModuleType | str | None:
     return _implementations[op, backend]
 
 
-@torch.compiler.assume_constant_result  # an import cannot be traced, nor can this hand out a module
+@constant  # an import cannot be traced, nor can this hand out a module
 def _look_up_implementations() -> bool:
     if not _implementations:
         _implementations.update({(op, backend): _import(op, backend) for op in OPS for backend in BACKENDS})

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from memformer_kernels import checks
+from memformer_kernels.compiling import never_compiled
 from memformer_kernels.replay import sharded
 from memformer_kernels.replay.budget import budget_in_bytes
 from memformer_kernels.replay.captured import CapturedCell, NotCapturable
@@ -22,7 +23,7 @@ METHODS = ("replay", "checkpoint", "bptt")
 REDUCTIONS = ("none", "mean", "sum")
 
 
-@torch.compiler.disable
+@never_compiled
 def memory_replay(
     cell: Callable[[Any, Any], tuple[Any, Any]],
     segments: Sequence[Any],

@@ -5,11 +5,10 @@ to the gathered ones, which are no longer those of the module, and be lost witho
 """
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 
 @contextlib.contextmanager
@@ -18,10 +17,13 @@ def refused(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     One that is in its forward already, the whole rollout in it, has its parameters for as long as they are needed.
     """
-    kinds = (FSDPModule, FullyShardedDataParallel)
+    fsdp = sys.modules.get(
+        "torch.distributed.fsdp"
+    )  # nothing is sharded by what was never imported: that takes a second
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     sharded = [module for module in modules if isinstance(module, kinds)]
     for module in reversed(sharded):  # an inner one is the one to name
-        if any(isinstance(p, DTensor) for p in module.parameters()):
+        if any(hasattr(p, "placements") for p in module.parameters()):  # a DTensor
             _refuse(module)
     with contextlib.ExitStack() as stack:
         for module in sharded:
