@@ -6,8 +6,9 @@
 A step is what `memformer-kernels train` does: a rollout over the horizon, its backward, the reduction of the gradients,
 clipping, the optimiser, the mean loss. Each rank has `batch` lanes, so with N ranks a step does N times the work of
 one: efficiency is t1 / tN, 1 if the ranks cost each other nothing. A time is the median of the steps after the
-warm-up, by CUDA events, of the slowest rank. Without a GPU the ranks run on the CPU, over gloo, at the smallest preset,
-to show that it works, and nothing is written.
+warm-up, by CUDA events, of the slowest rank. Before, a tiny model is trained by one rank and by N on the same lanes:
+their weights must agree to rounding. Without a GPU the ranks run on the CPU, over gloo, at the smallest preset, to show
+that it works, and nothing is written.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +26,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from memformer_kernels.data import Text
 from memformer_kernels.models import MemformerLMConfig
+from memformer_kernels.testing import relative_error
 from memformer_kernels.training import Settings, Trainer
 from memformer_kernels.training.ranks import Ranks, joined
 from memformer_kernels.training.tasks import TextTask
 
+AGREEMENT = 1e-5  # of weights after four steps in float32, in units of the largest
 WARM_UP = 5  # steps: compilation of the kernels, NCCL's connections, the allocator
 
 
@@ -41,7 +45,7 @@ class Shape:
 
 PRESETS = {
     "large": Shape(
-        MemformerLMConfig(width=1024, heads=16, layers=12, hidden=4096, slots=128, segment_length=512), 8, 16
+        MemformerLMConfig(width=1024, heads=16, layers=8, hidden=4096, slots=128, segment_length=512), 32, 16
     ),
     "small": Shape(MemformerLMConfig(width=512, heads=8, layers=6, hidden=2048, slots=64, segment_length=256), 8, 8),
     "tiny": Shape(
@@ -57,6 +61,10 @@ def main() -> None:
     if not on_gpu and preset != "tiny":
         raise SystemExit(f"scaling: a CPU measures nothing here; it tries --preset tiny only, got {preset}")
     ranks = options.ranks or (torch.cuda.device_count() if on_gpu else 2)
+    apart = disagreement(ranks, options.parallel == "fsdp")
+    print(f"weights after 4 steps of 1 rank and of {ranks}: {apart:.1e} apart", flush=True)
+    if not apart <= AGREEMENT:
+        raise SystemExit(f"scaling: they must be within {AGREEMENT:.0e}; nothing is timed")
     seconds = {n: measure(n, preset, options.parallel == "fsdp", options.steps) for n in sorted({1, ranks})}
     if not on_gpu:
         print(f"{options.steps} steps on 1 rank and on {ranks} over gloo; a CPU measures nothing here: no times")
@@ -68,6 +76,7 @@ def main() -> None:
         "preset": preset,
         "shape": dataclasses.asdict(PRESETS[preset]),
         "step_seconds": seconds,
+        "disagreement": apart,
         "efficiency": seconds[1] / seconds[ranks],
         "tokens_per_second": {n: n * _tokens(PRESETS[preset]) / t for n, t in seconds.items()},
         "steps": options.steps,
@@ -84,7 +93,17 @@ def main() -> None:
 
 
 def measure(ranks: int, preset: str, shard: bool, steps: int) -> float:
-    """Seconds of a step of the slowest rank, in processes of their own."""
+    """Seconds of a step of the slowest rank."""
+    return max(_on_ranks(ranks, _steps, PRESETS[preset], shard, steps).values())
+
+
+def disagreement(ranks: int, shard: bool) -> float:
+    alone, together = (torch.tensor(_on_ranks(n, _weights, shard)[0]) for n in (1, ranks))
+    return relative_error(together, alone)
+
+
+def _on_ranks(ranks: int, function: Callable, *arguments: object) -> dict:
+    """What it returns on each rank, in processes of their own."""
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -95,22 +114,32 @@ def measure(ranks: int, preset: str, shard: bool, steps: int) -> float:
         max_restarts=0,
         start_method="spawn",
     )
-    return max(elastic_launch(launch, _steps)(PRESETS[preset], shard, steps).values())
+    return elastic_launch(launch, function)(*arguments)
+
+
+def _weights(shard: bool) -> list[float]:
+    """What each rank does: four steps of a tiny model; the first one returns the weights."""
+    with joined(torch.device("cuda" if torch.cuda.is_available() else "cpu"), shard=shard) as ranks:
+        trainer = _trainer(dataclasses.replace(PRESETS["tiny"], batch=8 // ranks.world), ranks, 4)
+        while not trainer.done:
+            trainer.step()
+        weights = trainer.weights()
+        return torch.cat([w.flatten() for w in weights.values()]).tolist() if ranks.first else []
 
 
 def _steps(shape: Shape, shard: bool, steps: int) -> float:
     """What each rank does: the median of its steps, in seconds."""
     with joined(torch.device("cuda" if torch.cuda.is_available() else "cpu"), shard=shard) as ranks:
-        return statistics.median(_times(shape, ranks, steps))
+        trainer = _trainer(shape, ranks, WARM_UP + steps)
+        return statistics.median([_timed(trainer) for _ in range(WARM_UP + steps)][WARM_UP:])
 
 
-def _times(shape: Shape, ranks: Ranks, steps: int) -> list[float]:
-    batch, total = shape.batch * ranks.world, WARM_UP + steps
-    settings = Settings(steps=total, batch=batch, horizons=(shape.horizon,), precision=shape.precision)
+def _trainer(shape: Shape, ranks: Ranks, steps: int) -> Trainer:
+    batch = shape.batch * ranks.world
+    settings = Settings(steps=steps, batch=batch, horizons=(shape.horizon,), precision=shape.precision, warmup=1)
     text = torch.randint(256, (2**20,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     task = TextTask(Text(text, text, 1, 0), batch, shape.model.segment_length, ranks.device)
-    trainer = Trainer(shape.model, settings, task, ranks.device, ranks)
-    return [_timed(trainer) for _ in range(total)][WARM_UP:]
+    return Trainer(shape.model, settings, task, ranks.device, ranks)
 
 
 def _timed(trainer: Trainer) -> float:
