@@ -24,6 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig
+from memformer_kernels.benchmarking import plots
 from memformer_kernels.replay import CapturedCell, memory_replay
 
 Make = Callable[[], tuple[torch.nn.Module, Callable[[], None]]]  # a model, and a rollout of it
@@ -236,56 +237,7 @@ def _write(options: argparse.Namespace, report: dict) -> None:
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
-        _plot(report, options.plot)
-
-
-def _plot(report: dict, path: Path) -> None:
-    from matplotlib import pyplot
-
-    panels = len(report["shapes"]) + 2 * ("horizons" in report)
-    figure, axes = pyplot.subplots(1, panels, figsize=(4.4 * panels, 3.8), layout="constrained", squeeze=False)
-    axes = list(axes[0])
-    for name, part in report["shapes"].items():
-        axis = axes.pop(0)
-        rows = [row for row in part["rows"] if "ms" in row]
-        for kind, marker in (("plain", "s"), ("compiled", "^"), ("no graphs", "v"), ("ours", "o")):
-            of_kind = [r for r in rows if (kind in r["run"]) and (kind != "ours" or "no graphs" not in r["run"])]
-            if of_kind:
-                line = "-" if kind == "ours" else ""
-                of_kind.sort(key=lambda r: r["peak_MiB"])
-                axis.plot([r["peak_MiB"] for r in of_kind], [r["ms"] for r in of_kind], marker, ls=line, label=kind)
-        for row in rows:
-            if "budget" not in row["run"]:
-                label = row["run"].removeprefix("plain ").removeprefix("compiled ").removeprefix("ours ")
-                axis.annotate(label.removesuffix(", no graphs"), (row["peak_MiB"], row["ms"]), fontsize=7)
-        axis.set(title=name, xlabel="peak memory (MiB)", ylabel="forward + backward (ms)")
-        _in_powers_of_two(axis)
-    if "horizons" in report:
-        rows = report["horizons"]["rows"]
-        for axis, key, label in (
-            (axes[0], "ms", "forward + backward (ms)"),
-            (axes[1], "peak_MiB", "peak memory (MiB)"),
-        ):
-            for run in dict.fromkeys(row["run"] for row in rows):
-                points = [row for row in rows if row["run"] == run]
-                axis.plot([p["horizon"] for p in points], [p[key] for p in points], marker="o", label=run)
-            axis.set(title="long, other horizons", xlabel="segments", ylabel=label)
-            _in_powers_of_two(axis)
-    figure.suptitle(f"{report['gpu']}, torch {report['torch']}, {report['dtype']}")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _in_powers_of_two(axis) -> None:
-    from matplotlib import ticker
-
-    axis.set(xscale="log", yscale="log")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(ticker.LogLocator(base=2))
-        side.set_major_formatter(ticker.FormatStrFormatter("%d"))
-        side.set_minor_locator(ticker.NullLocator())
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+        plots.draw_rollouts(report, options.plot)
 
 
 if __name__ == "__main__":

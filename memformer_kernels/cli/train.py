@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from memformer_kernels.cli import plots
+from memformer_kernels.cli.options import to_stdout, write_json
 from memformer_kernels.data import RecallTask, Text
 from memformer_kernels.models import PRESETS, MemformerLMConfig
 from memformer_kernels.state import StateFileError, files
@@ -99,6 +100,7 @@ def train(
     resume: bool = False,
     compare: bool = False,
     minutes: float | None = None,
+    json_file: Path | None = None,
     **every: int,
 ) -> dict[str, float]:
     """Trains, and with `compare` the twin too; prints a table, draws `loss.png`, returns the figures.
@@ -107,6 +109,7 @@ def train(
     """
     if compare and minutes is not None:
         raise ValueError("train: --minutes would stop the twin at another step than the model; --compare takes --steps")
+    console.stderr = to_stdout(json_file)
     with joined(device, shard=shard) as ranks:
         console.quiet = not ranks.first
         figures = _train_one("with memory", job, out, ranks, resume, minutes, every)
@@ -114,6 +117,7 @@ def train(
             figures["twin"] = _train_one("twin", job.twin(), out / "twin", ranks, resume, minutes, every)["reset"]
         if ranks.first:
             plots.draw_curves(out, job.unit)
+            write_json({"run": str(out), "unit": job.unit, **figures}, json_file)
     console.print(figures_table(figures, job.unit))
     console.print(
         f"written to {out}: loss.png, metrics.jsonl, checkpoint.safetensors, model.safetensors", highlight=False
