@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from doc_pages import PAGES, ROOT, blocks, check_command, command_lines, shown_commands
+from generated_tables import renewed
 
 TEXTS = {name: path.read_text() for name, path in PAGES.items()}
 COMMANDS = [(name, line) for name, text in TEXTS.items() for line in dict.fromkeys(command_lines(text))]
@@ -25,13 +26,15 @@ def with_(language):
 @pytest.mark.parametrize("page", with_("python"))
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """All blocks of a page, one after another, in one namespace; `pycon` blocks must print what they show."""
+    if "from memformer import" in TEXTS[page]:
+        pytest.importorskip("memformer")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {"__name__": page}
     checker = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for language, block in re.findall(r"^```(python|pycon)\n(.*?)^```$", TEXTS[page], re.DOTALL | re.MULTILINE):
         if language == "python":
-            exec(compile(block, page, "exec"), names)
+            exec(compile(block, f"<a block of {page}>", "exec"), names)
             continue
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -105,6 +108,16 @@ def test_a_command_of_the_readme_runs(line, folder):
     else:
         assert done.returncode == 0, done.stderr
         assert done.stdout
+
+
+@pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if "<!-- table:" in text])
+def test_tables_are_those_of_the_package_and_of_its_figures(page):
+    pytest.importorskip("triton")
+    assert renewed(TEXTS[page]) == TEXTS[page], "stale: python tests/generated_tables.py writes it anew"
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 150
 
 
 def test_links_lead_somewhere():
