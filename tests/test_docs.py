@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 
 def comparable(output):
     """Without what differs from machine to machine: numbers, the width of columns, and the end of a line."""
-    output = re.sub(r"\d[\d.,]*(?:e[+-]?\d+)?", "#", output)
+    output = re.sub(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", "#", output)
     return re.sub(r"[ \u2500\u2501]+", " ", re.sub(r" +$", "", output, flags=re.MULTILINE)).strip() + "\n"
 
 

@@ -17,8 +17,8 @@ def compare(before: Path, after: Path, plot: Path | None, fail_above: float | No
     """False where `fail_above` is given and a ratio is above it, or a time is lost."""
     found = compare_files(before, after)
     console = Console(stderr=to_stdout(json_file), highlight=False)
-    console.print(_table(found, before, after))
-    for line in _remarks(found):
+    console.print(_table(found))
+    for line in (f"before: {before}", f"after:  {after}", *_remarks(found)):
         console.print(line, markup=False, soft_wrap=True)
     if plot is not None:
         plots.draw_comparison(found, f"{after} over {before}", plot)
@@ -31,8 +31,8 @@ def compare(before: Path, after: Path, plot: Path | None, fail_above: float | No
     return passes
 
 
-def _table(found: Comparison, before: Path, after: Path) -> Table:
-    table = Table(title=f"milliseconds, {before} and {after}; worst first", title_justify="left")
+def _table(found: Comparison) -> Table:
+    table = Table(title="milliseconds, the worst ratio first", title_justify="left")
     table.add_column("row")
     for column in ("before", "after", "after / before"):
         table.add_column(column, justify="right", no_wrap=True)

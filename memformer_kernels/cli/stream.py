@@ -21,10 +21,11 @@ def stream(folder: Path, file: str, json_file: Path | None, device: torch.device
     model = byte_models.load(folder, device)
     count, bits, started = 0, 0.0, time.perf_counter()
     text = open_stream(model)
+    console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TextColumn("{task.fields[news]}"), TimeRemainingColumn())
     with _open(file) as source:
         try:
-            with Progress(*columns, console=Console(stderr=True)) as progress:
+            with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
                 bar = progress.add_task("", total=_size(file), news="")
                 while chunk := source.read1(CHUNK):
                     tokens = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)[None]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -84,8 +85,8 @@ class Job:
             text = Text.read(self.paths)
             skipped = f", {text.skipped} binary files left out" if text.skipped else ""
             console.print(
-                f"text: {text.files} files{skipped}; {len(text.train) / 1e6:.2f} MB to train on, "
-                f"{len(text.validation) / 1e6:.2f} MB held out"
+                f"text: {text.files} files{skipped}; {decimal(len(text.train))} to train on, "
+                f"{decimal(len(text.validation))} held out"
             )
             task = TextTask(text, s.batch, length, device)
         return Trainer(self.config, s, task, device, ranks)
@@ -131,11 +132,11 @@ def _train_one(
     name: str, job: Job, out: Path, ranks: Ranks, resume: bool, minutes: float | None, every: dict
 ) -> dict[str, float]:
     folder = RunFolder(out)
+    folder.check(resume)
     trainer = job.trainer(ranks.device, ranks)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     where = str(ranks.device) if ranks.world == 1 else f"{ranks.world} ranks, {ranks.device.type}"
     console.print(f"{name}: {parameters / 1e6:.2f} M parameters on {where}, {job.settings.steps} steps -> {out}")
-    folder.check(resume)
     if ranks.first:
         job.save(out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"))
