@@ -117,7 +117,8 @@ def test_tables_are_those_of_the_package_and_of_its_figures(page):
 
 
 def test_the_readme_is_short():
-    assert len(TEXTS["README.md"].splitlines()) <= 150
+    own = re.sub(r"<!-- contract -->.*?<!-- /contract -->", "", TEXTS["README.md"], flags=re.DOTALL)
+    assert len(own.splitlines()) <= 150
 
 
 def test_links_lead_somewhere():
