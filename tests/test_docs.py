@@ -54,15 +54,18 @@ def run(line, folder):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def taken_for_granted(folder):
     """What the pages take for granted: a checkout, and texts of one's own."""
-    folder = tmp_path_factory.mktemp("docs")
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     (folder / "my_texts").mkdir()
     for name in ("notes", "letters"):
         (folder / "my_texts" / f"{name}.txt").write_text(f"{name}: to be or not to be, that is the question\n" * 100)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return taken_for_granted(tmp_path_factory.mktemp("readme"))
 
 
 def comparable(output):
@@ -73,8 +76,9 @@ def comparable(output):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the outputs shown are those of a CPU")
 @pytest.mark.parametrize("page", with_("console"))
-def test_a_page_shows_what_its_commands_print(page, folder):
+def test_a_page_shows_what_its_commands_print(page, tmp_path):
     """In order, in one folder. Numbers are not compared; a line `...` stands for any lines."""
+    folder = taken_for_granted(tmp_path)
     for block in blocks(TEXTS[page], "console"):
         for line, expected in shown_commands(block):
             done = run(line.removeprefix("memformer-kernels "), folder)
