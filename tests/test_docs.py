@@ -51,7 +51,8 @@ def run(line, folder):
     command = [sys.executable, "-m", "memformer_kernels.cli", *shlex.split(line)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_COLOR": "1"}
     environment.pop("TRITON_INTERPRET", None)  # which the tests set, and a user does not
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    options = dict(cwd=folder, env=environment, text=True, errors="replace", timeout=300)  # made bytes are any bytes
+    return subprocess.run(command, capture_output=True, **options)
 
 
 def taken_for_granted(folder):
