@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from memformer_kernels.benchmarking import plots
 from memformer_kernels.models import PRESETS, MemformerLMConfig
 from memformer_kernels.replay.api import METHODS
 from memformer_kernels.training.peak_memory import measure_in_fresh_process, stored_bytes
@@ -39,12 +40,12 @@ def main() -> None:
         stored = stored_bytes(horizon, config, batch=options.batch)
         rows.append({"horizon": horizon, "peak_bytes": peaks, "stored_bytes": stored})
         print(_line(horizon, *(f"{b / 2**20:.1f}" for b in (*peaks.values(), stored))), flush=True)
+    report = {"preset": options.preset, "config": dataclasses.asdict(config), "batch": options.batch}
+    report |= {"device": options.device, "machine": machine, "torch": torch.__version__, "rows": rows}
     if options.json:
-        about = {"preset": options.preset, "config": dataclasses.asdict(config), "batch": options.batch}
-        about |= {"device": options.device, "machine": machine, "torch": torch.__version__}
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
     if options.plot:
-        _plot(rows, f"{options.preset}, batch {options.batch}, {machine}", options.plot)
+        plots.draw_replay_memory(report, options.plot)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,22 +79,6 @@ def _methods(text: str) -> list[str]:
 
 def _line(*columns: object) -> str:
     return "".join(f"{column:>12}" for column in columns)
-
-
-def _plot(rows: list[dict], title: str, path: Path) -> None:
-    from matplotlib import pyplot
-
-    horizons = [row["horizon"] for row in rows]
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for method in rows[0]["peak_bytes"]:
-        axes.plot(horizons, [row["peak_bytes"][method] / 2**20 for row in rows], marker="o", label=method)
-    kept = [row["stored_bytes"] / 2**20 for row in rows]
-    axes.plot(horizons, kept, "--", color="grey", label="memories kept by replay")
-    axes.set(xlabel="segments", ylabel="peak memory (MiB)", title=title, xscale="log", yscale="log")
-    axes.set_xticks(horizons, horizons)
-    axes.minorticks_off()
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

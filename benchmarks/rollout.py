@@ -24,6 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig
+from memformer_kernels.benchmarking import plots
 from memformer_kernels.replay import CapturedCell, memory_replay
 
 Make = Callable[[], tuple[torch.nn.Module, Callable[[], None]]]  # a model, and a rollout of it
@@ -249,9 +250,7 @@ def _write(options: argparse.Namespace, report: dict) -> None:
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
-        from rollout_plot import draw
-
-        draw(report, options.plot)
+        plots.draw_rollouts(report, options.plot)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LEAST_CAPABILITY = (8, 0)
 MOST_CHANNELS = 256  # of a head
 EPS_RANGE = (2.0**-126, 2.0**126)  # so that eps and 1 / eps are normal float32 numbers
 SCALE_RANGE = (2.0**-100, 2.0**100)  # so that a logit over it is finite
@@ -27,8 +28,11 @@ def unsupported_reason(**tensors: Tensor) -> str | None:
 def _unsupported_device(index: int) -> str | None:
     if triton.knobs.runtime.interpret:
         return "TRITON_INTERPRET is set: the interpreter is for tests, slow and wrong in bfloat16"
-    major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"the GPU must have compute capability 8.0 or above, got {major}.{minor}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    least, got = (".".join(map(str, numbers)) for numbers in (LEAST_CAPABILITY, capability))
+    return f"the GPU must have compute capability {least} or above, got {got}"
 
 
 def unsupported_width(name: str, width: int) -> str | None:

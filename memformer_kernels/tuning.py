@@ -135,8 +135,11 @@ def microseconds(call: Callable[[], object], repeats: int = 4, replays: int = 5)
     return statistics.median(times[1:])
 
 
-def tune(rows: list[Problem], jobs: int, report: Callable[[str], None] = print) -> dict:
-    """The table: per kernel and row its fastest candidate, and under "measured" the microseconds of every one."""
+def tune(rows: list[Problem], jobs: int, report: Callable[[str], None], progress: Callable[[float], None]) -> dict:
+    """The table: per kernel and row its fastest candidate, and under "measured" the microseconds of every one.
+
+    `report` gets a line for each row, `progress` the part that is done, 0 to 1.
+    """
     table: dict[str, dict[str, dict]] = {}
     measured: dict[str, list] = {}
     context = multiprocessing.get_context("forkserver")
@@ -144,7 +147,8 @@ def tune(rows: list[Problem], jobs: int, report: Callable[[str], None] = print) 
     # a process for each candidate: after a fault on the GPU a process can do nothing more there
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         pending = [(p, [(c, pool.submit(try_one, p, c)) for c in _without_chunks(p)]) for p in rows]
-        for problem, tried in pending:
+        for index, (problem, tried) in enumerate(pending):
+            progress(index / len(pending))
             usable = []
             for candidate, done in tried:
                 if (error := done.result()) is None:
@@ -176,15 +180,16 @@ def _without_chunks(problem: Problem) -> list[dict[str, int]]:
     return list({tuple(_without_chunk(c).items()): c for c in problem.candidates()}.values())
 
 
-def run(out: Path, only: str = "", jobs: int | None = None) -> list[Path]:
-    """Measures every kernel whose name holds `only`; writes the table, and the times of all candidates."""
+def run(out: Path, only: str, jobs: int | None, progress: Callable[[float], None]) -> list[Path]:
+    """Measures every kernel whose name holds `only`, and prints as it goes; writes the table, and the times of all
+    candidates."""
     if not torch.cuda.is_available():
         raise ValueError("tune: needs a CUDA device, and none is available; the package's own tables are used")
     rows = [problem for problem in problems() if only in problem.kernel]
     if not rows:
         raise ValueError(f"tune: --kernel must be part of one of {', '.join(SPACES)}, got {only!r}")
     started = time.perf_counter()
-    result = tune(rows, jobs or os.cpu_count() or 1, lambda line: print(line, flush=True))
+    result = tune(rows, jobs or os.cpu_count() or 1, lambda line: print(line, flush=True), progress)
     header = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

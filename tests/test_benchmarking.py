@@ -101,6 +101,29 @@ def test_a_broken_suite_is_one_line(old, new, says, tmp_path):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value).strip()
 
 
+def test_shapes_of_ones_own():
+    text = "L=9, B=2 H = 3 M=4 D=8"
+    chosen = suite.load().of_shapes([text, "B=1 H=1 M=1 L=1 D=16"]).select("memory", "backward")
+    assert [(s.op, s.name) for s, _ in chosen] == [
+        ("memory_read", "B2 L9 M4 H3 D8"),
+        ("memory_read", "B1 L1 M1 H1 D16"),
+        ("memory_write", "B2 L9 M4 H3 D8"),
+        ("memory_write", "B1 L1 M1 H1 D16"),
+        ("memory_forget", "B2 M4 C24"),
+        ("memory_forget", "B1 M1 C16"),
+    ]
+    assert {s.group for s, _ in chosen} == {text, "B=1 H=1 M=1 L=1 D=16"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "B=2 H=3 M=4 L=9", "B=2 H=3 M=4 L=9 D=0", "B=2 H=3 M=4 L=9 D=8 B=2", "B=2 H=3 M=4 L=9 D=8 X", "B=-2"]
+)
+def test_a_wrong_shape_is_one_line(text):
+    with pytest.raises(ValueError, match="^bench: --shape must name B, H, M, L and D") as caught:
+        suite.load().of_shapes([text])
+    assert repr(text) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_work_by_hand():
     # B 3, L 17, M 5, H 2, D 8: a [B, H, L, D] has 816 elements, a [B, H, M, D] 240, a [M, C] 80; a product 8160 FLOP
     assert work(READ, FORWARD, 2) == Work((816 + 816 + 240 + 240) * 2, (816 + 816 + 240 + 240) * 2, 2 * 8160)
@@ -459,7 +482,8 @@ def test_bench_on_a_gpu_writes_its_folder(pretend_gpu, small_suite, monkeypatch,
 OPTIONS = dict(
     op="",
     which="",
-    shape="",
+    only="",
+    shapes=[],
     dtype="bfloat16",
     layout="contiguous",
     quick=True,
@@ -486,7 +510,8 @@ def test_without_a_gpu_it_says_what_can_be_told_and_no_time(tmp_path):
     [
         ({"dtype": "int8"}, "--dtype must be one of bfloat16, float16, float32"),
         ({"layout": "padded"}, "--layout must be one of contiguous, transposed"),
-        ({"shape": "M7"}, "nothing in the suite has"),
+        ({"only": "M7"}, "nothing in the suite has"),
+        ({"shapes": ["B=2 H=2"]}, "--shape must name B, H, M, L and D"),
     ],
 )
 def test_a_mistake_is_one_line(options, says, tmp_path):

@@ -192,3 +192,13 @@ def test_no_kernel_spills_registers(kernel, tmp_path):
     resources = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", resources)
     assert spills and set(spills) == {("0", "0", "0")}
+
+
+@needs_nvcc
+def test_the_command_builds_beside_the_package(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    command = [sys.executable, "-m", "memformer_kernels.cli", "build", "--archs", "90a"]
+    environment = variables(with_nvcc=True) | {"PYTHONPATH": str(tree)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"memformer_kernels/_C\..*\.so, for 90a, CUDA \d+\.\d+$", done.stdout.strip()), done.stdout

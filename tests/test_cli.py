@@ -6,11 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import typer
+from doc_pages import check_command
 
+from memformer_kernels.cli import build as build_command
 from memformer_kernels.cli import main
+from memformer_kernels.cli.app import app
 
+ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "memformer_kernels.cli"]
 SMALL = [
     "--steps",
@@ -60,11 +66,30 @@ def run(tmp_path_factory, text):
     return out, printed
 
 
-def test_help_teaches():
+GROUP = typer.main.get_command(app)
+
+
+def test_help_lists_the_commands():
     code, out, _ = call("--help")
-    assert code == 0 and all(name in out for name in ("doctor", "check", "train", "generate", "demo"))
-    code, out, _ = call("train", "--help")
-    assert code == 0 and "twin" in out and "--resume" in out and "curriculum" in out
+    assert code == 0 and all(name in out for name in GROUP.commands)
+    assert set(GROUP.commands) == {
+        "doctor", "check", "build", "bench", "report", "tune", "train", "generate", "stream", "demo",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUP.commands)
+def test_help_teaches(name, monkeypatch):
+    """What a command does in one sentence, what comes of it, and examples that would be taken."""
+    monkeypatch.setenv("COLUMNS", "160")
+    help_text = GROUP.commands[name].help
+    first, *rest = help_text.split("\n\n")
+    assert first.endswith(".") and len(first) < 120 and "\n" not in first
+    assert len(rest) >= 3, "what it prints, the word Examples, the examples"
+    examples = [line.strip() for line in rest[-1].splitlines()]
+    assert rest[-2] == "[bold]Examples[/]" and any(f"memformer-kernels {name}" in line for line in examples)
+    for line in examples:
+        check_command(line)
+    assert all(option.help for option in GROUP.commands[name].params), "an option that nothing is said about"
 
 
 def test_doctor_says_what_runs_and_why_the_rest_does_not():
@@ -72,6 +97,10 @@ def test_doctor_says_what_runs_and_why_the_rest_does_not():
     assert code == 0
     assert "memory_write   eager   runs" in out
     assert "compiled module:" in out and "torch " in out
+    code, out, err = call("doctor", "--json", "-")
+    assert code == 0 and err == ""
+    found = json.loads(out)
+    assert found["backends"]["memory_read"]["eager"] is None and "cuda" in found["backends"]["memory_read"]
 
 
 def test_doctor_needs_nothing_but_torch(tmp_path):
@@ -89,6 +118,53 @@ def test_check_passes_and_writes_its_figures(tmp_path):
     assert code == 0, err
     rows = json.loads((tmp_path / "check.json").read_text())["rows"]
     assert {r["op"] for r in rows} == {"memory_read", "memory_write", "memory_forget"} and all(r["ok"] for r in rows)
+
+
+def test_check_takes_shapes_of_ones_own():
+    sizes = ("B=1 H=2 M=5 L=7 D=16", "B=3 H=1 M=1 L=2 D=8")
+    code, out, err = call("check", "--device", "cpu", "--shape", sizes[0], "--shape", sizes[1], "--json", "-")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert {r["sizes"] for r in rows} == set(sizes) and len(rows) == 18
+    assert all(f"{text} on cpu" in err for text in sizes)
+
+
+def test_check_fails_above_the_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr("memformer_kernels.cli.check.limit", lambda dtype: 1e-9)
+    monkeypatch.setattr(sys, "argv", ["memformer-kernels", "check", "--device", "cpu"])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 1
+
+
+def test_compare_fails_as_scripts_need_it(tmp_path):
+    before = ROOT / "benchmarks" / "results" / "memory_forget_bench_h200.json"
+    after = tmp_path / "after.json"
+    content = json.loads(before.read_text())
+    content["rows"][0]["results"]["ours"]["ms"] *= 1.1
+    after.write_text(json.dumps(content))
+    assert call("bench", "--compare", before, after)[0] == 0
+    assert call("bench", "--compare", before, after, "--fail-above", 1.2)[0] == 0
+    code, out, _ = call("bench", "--compare", before, after, "--fail-above", 1.05, "--plot", tmp_path / "c.png")
+    assert code == 1 and "worst 1.100" in out and (tmp_path / "c.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("import sys; sys.exit('setup.py: MEMFORMER_KERNELS_CUDA is 1, but no nvcc on PATH')", "build: MEMFORMER_K"),
+        (None, "holds no sources of the kernels"),
+    ],
+)
+def test_build_says_what_is_missing(script, says, tmp_path, monkeypatch, capsys):
+    if script is not None:
+        (tmp_path / "setup.py").write_text(script)
+        (tmp_path / "csrc").mkdir()
+    monkeypatch.setattr(build_command, "TREE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["memformer-kernels", "build"])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 1 and says in capsys.readouterr().err
 
 
 def test_train_compares_with_the_twin_and_draws(run):
@@ -122,7 +198,8 @@ def test_a_resumed_run_takes_its_settings_from_its_folder(run, text):
     assert code == 1 and "holds a run already; --resume goes on" in err
     code, _, err = call("train", "--out", out, "--resume", "--steps", "9")
     assert code == 2 and "leave it out" in err
-    assert call("train", "--out", out, "--resume")[0] == 0
+    code, said, _ = call("train", "--out", out, "--resume", "--json", "-")
+    assert code == 0 and set(json.loads(said)) == {"run", "unit", "memory", "reset"}
 
 
 def test_ctrl_c_saves_and_resume_ends_where_the_whole_run_does(tmp_path, text):
@@ -161,6 +238,11 @@ def test_ctrl_c_saves_and_resume_ends_where_the_whole_run_does(tmp_path, text):
         (["generate", "{damaged}"], 1, "damaged"),
         (["generate", "{foreign}"], 1, "must name a model"),
         (["dance"], 2, "No such command"),
+        (["check", "--shape", "M=5"], 1, "check: --shape must name B, H, M, L and D"),
+        (["bench", "--fail-above", "1.05"], 2, "belongs to --compare"),
+        (["bench", "--compare", "{absent}", "{absent}"], 1, "No such file"),
+        (["report", "{absent}"], 1, "is not a folder"),
+        (["report", "{empty}"], 1, "holds no JSON file of figures"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(arguments, code, says, tmp_path, run, monkeypatch, capsys):

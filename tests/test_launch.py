@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,3 +113,46 @@ def test_every_measured_row_is_a_candidate_of_the_tuner():
 def test_chunks_are_whole_tiles_and_few(tokens, block_m):
     chunk = tiles.token_chunk(tokens, block_m)
     assert chunk % 128 == 0 and chunk >= 16 * block_m and -(-tokens // chunk) <= tiles.MOST_CHUNKS
+
+
+def test_the_tuner_keeps_the_fastest_that_runs_and_tells_how_far_it_is(monkeypatch, tmp_path, capsys):
+    """With a clock and compilers that are made up: narrow tiles are faster, and two stages do not run."""
+
+    class Now:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, *arguments):
+            result = function(*arguments)
+            return SimpleNamespace(result=lambda: result)
+
+    def try_one(problem, candidate):
+        return "out of resource" if candidate["num_stages"] == 2 else None
+
+    def microseconds(call):
+        (row,) = tiles._user_table["memory_read_forward_resident"].values()
+        return 100.0 * row["num_stages"] + row["BLOCK_L"] + row["chunk"] / 1e4
+
+    monkeypatch.setattr(tuning, "ProcessPoolExecutor", Now)
+    monkeypatch.setattr(tuning, "try_one", try_one)
+    monkeypatch.setattr(tuning, "microseconds", microseconds)
+    monkeypatch.setattr(tuning, "calls", lambda problem: None)
+    monkeypatch.setattr(tiles, "_capability", lambda index: 90)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretend GPU")
+    told = []
+    table, measured = tuning.run(tmp_path, "read_forward_resident", 1, told.append)
+    found = json.loads(table.read_text())
+    assert table.name == "sm_90.json" and found["gpu"] == "Pretend GPU"
+    rows = found["kernels"]["memory_read_forward_resident"]
+    assert len(rows) == 8 and all(r == dict(BLOCK_L=64, chunk=256, num_warps=4, num_stages=1) for r in rows.values())
+    times = next(iter(json.loads(measured.read_text())["measured"].values()))
+    assert len(times) == 24 and not any(candidate["num_stages"] == 2 for _, candidate in times)
+    assert told == [i / 8 for i in range(8)] and capsys.readouterr().out.count("memory_read_forward_resident") == 8
+    assert not tiles._user_table  # what was tried is taken away again

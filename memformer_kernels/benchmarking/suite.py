@@ -1,7 +1,9 @@
 """What is measured: shapes from a TOML file, the passes of each op, and the work that each cannot do without."""
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -111,16 +113,20 @@ class Suite:
             sizes = {"B": sizes["B"], "M": sizes["M"], "D": sizes["H"] * sizes["D"]}
         return Shape(op, "overhead", **sizes)
 
-    def select(self, op: str = "", which: str = "", shape: str = "") -> list[tuple[Shape, tuple[str, ...]]]:
+    def of_shapes(self, texts: Iterable[str]) -> "Suite":
+        """This suite with shapes of the caller's in the place of its own."""
+        return replace(self, shapes=own_shapes("bench", OPS, texts))
+
+    def select(self, op: str = "", which: str = "", only: str = "") -> list[tuple[Shape, tuple[str, ...]]]:
         """Shapes and their passes whose names contain these texts; in the order of the file."""
         found = []
         for s in self.shapes:
             passes = tuple(p for p in PASSES[s.op] if which in p)
-            if op in s.op and shape in s.name and passes:
+            if op in s.op and only in s.name and passes:
                 found.append((s, passes))
         if not found:
             raise ValueError(
-                f"bench: nothing in the suite has op {op!r}, pass {which!r} and shape {shape!r} in its names; "
+                f"bench: nothing in the suite has op {op!r}, pass {which!r} and shape {only!r} in its names; "
                 f"ops: {', '.join(OPS)}; passes: {', '.join(PASSES['memory_write'])}; "
                 f"a shape is named like {self.shapes[0].name}"
             )
@@ -157,6 +163,30 @@ def _shape(op: str, group: str, sizes: dict[str, int]) -> Shape:
     if not valid:
         raise ValueError(f"a shape of {op} must have {', '.join(expected)}, each a whole number above 0, got {sizes}")
     sizes = {("D" if k == "C" else k): n for k, n in sizes.items()}
+    return Shape(op, group, **sizes)
+
+
+def own_shapes(command: str, ops: Iterable[str], texts: Iterable[str]) -> tuple[Shape, ...]:
+    """For each op and text, such as "B=8 H=8 M=128 L=4096 D=64", in any order, a shape; the text is its group.
+
+    `memory_forget` takes C = H * D channels and no tokens.
+    """
+    sizes = {}
+    for text in texts:
+        named = re.findall(r"([A-Z])\s*=\s*(\d+)", text)
+        left = re.sub(r"[A-Z]\s*=\s*\d+|[\s,]", "", text)
+        if left or sorted(name for name, _ in named) != sorted("BLMHD") or "0" in {str(int(n)) for _, n in named}:
+            raise ValueError(
+                f'{command}: --shape must name B, H, M, L and D, each a whole number above 0, as "B=8 H=8 M=128 L=4096 '
+                f'D=64" does, got {text!r}'
+            )
+        sizes[text] = {name: int(n) for name, n in named}
+    return tuple(_own_shape(op, text, some) for op in ops for text, some in sizes.items())
+
+
+def _own_shape(op: str, group: str, sizes: dict[str, int]) -> Shape:
+    if op == "memory_forget":
+        return Shape(op, group, B=sizes["B"], M=sizes["M"], D=sizes["H"] * sizes["D"])
     return Shape(op, group, **sizes)
 
 

@@ -7,10 +7,10 @@ def main() -> None:
     try:
         from memformer_kernels.cli.app import run
     except ImportError as error:
-        if sys.argv[1:2] == ["doctor"]:
-            from memformer_kernels.cli.doctor import report
+        if sys.argv[1:] == ["doctor"]:
+            from memformer_kernels.cli.doctor import facts, report
 
-            print(report())
+            print(report(facts()))
             return
         print(
             f"error: the command line needs more packages ({error}): pip install 'memformer-kernels[cli]'",

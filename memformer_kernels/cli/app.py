@@ -1,12 +1,13 @@
 """The command line's one entrance. What a command takes stands in `*_commands.py`, its work in a module of its name."""
 
+import inspect
 import os
 import sys
 
 import typer
 from rich.console import Console
 
-from memformer_kernels.cli.machine_commands import bench, check, doctor, tune
+from memformer_kernels.cli.machine_commands import bench, build, check, doctor, report, tune
 from memformer_kernels.cli.model_commands import demo, generate, stream, train
 
 app = typer.Typer(
@@ -14,7 +15,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Memformer: train, generate, check, and say what runs on this machine.",
+    help="Memformer at speed: what runs on this machine and how fast, and models that read without end. "
+    "[bold]memformer-kernels COMMAND --help[/] tells what a command does, how to call it and what it prints.",
 )
 errors = Console(stderr=True)
 
@@ -37,5 +39,17 @@ def run() -> None:
         sys.exit(1)
 
 
-for command in (doctor, tune, check, train, generate, stream, bench, demo):
-    app.command()(command)
+def _unwrapped(docstring: str) -> str:
+    """A paragraph is one line, for the terminal to wrap; indented lines stay as they are, without their first blank."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    return "\n\n".join(p if p.startswith(" ") else " ".join(p.split("\n")) for p in paragraphs)
+
+
+PANELS = {
+    "This machine": (doctor, check, build),
+    "Figures": (bench, report, tune),
+    "Models": (train, generate, stream, demo),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(help=_unwrapped(command.__doc__), rich_help_panel=panel)(command)

@@ -11,6 +11,7 @@ from memformer_kernels import testing
 from memformer_kernels.benchmarking import inputs, plots, report, runner, suite, targets
 from memformer_kernels.benchmarking.measure import Settings
 from memformer_kernels.benchmarking.peers import PEERS, not_compiled, ours
+from memformer_kernels.cli.progress import bar
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 QUICK_REPLAYS = 7
@@ -21,7 +22,8 @@ def bench(
     *,
     op: str,
     which: str,
-    shape: str,
+    only: str,
+    shapes: list[str],
     dtype: str,
     layout: str,
     quick: bool,
@@ -36,7 +38,9 @@ def bench(
     if layout not in inputs.LAYOUTS:
         raise ValueError(f"bench: --layout must be one of {', '.join(inputs.LAYOUTS)}, got {layout!r}")
     loaded = suite.load(suite_file)
-    chosen = loaded.select(op, which, shape)
+    if shapes:
+        loaded = loaded.of_shapes(shapes)
+    chosen = loaded.select(op, which, only)
     if not torch.cuda.is_available():
         _say_what_a_cpu_can(loaded, chosen)
         return True
@@ -45,11 +49,15 @@ def bench(
     settings = Settings(DTYPES[dtype], layout, replays, peers, skip)
     command = shlex.join(["memformer-kernels", *sys.argv[1:]])
 
-    def save(measured: dict) -> None:
-        report.write_json({"command": command, **measured, "summary": targets.summarise(measured)}, out)
-        report.write_csv(measured, out)
+    total = sum(len(passes) for _, passes in chosen)
+    with bar("shapes") as progress:
 
-    measured = runner.run(loaded, chosen, settings, lambda text: print(text, flush=True), save)
+        def save(measured: dict) -> None:
+            report.write_json({"command": command, **measured, "summary": targets.summarise(measured)}, out)
+            report.write_csv(measured, out)
+            progress(len(measured["rows"]) / total)
+
+        measured = runner.run(loaded, chosen, settings, lambda text: print(text, flush=True), save)
     console = Console()
     report.print_report(
         measured, targets.summarise(measured), Console(width=max(console.width, NARROWEST), highlight=False)

@@ -1,6 +1,5 @@
 """`check`: every op and backend that runs here, against float64."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,11 +7,15 @@ from rich.console import Console
 from rich.table import Table
 
 from memformer_kernels.backend import OPS, explain
+from memformer_kernels.benchmarking.suite import Shape, own_shapes
+from memformer_kernels.cli.options import to_stdout, write_json
+from memformer_kernels.cli.progress import bar
 from memformer_kernels.testing import errors, make_case, oracle, run
 
-SIZES = dict(batch=2, heads=3, slots=33, tokens=65, width=48)  # nothing a multiple of a tile
+DEFAULT = ("B=2 H=3 M=33 L=65 D=48",)  # nothing a multiple of a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES}
+MASKED = 0.3  # of the slots that are read and of the tokens that are written
 
 
 def limit(dtype: torch.dtype) -> float:
@@ -25,10 +28,37 @@ def limit(dtype: torch.dtype) -> float:
     return 4 * ROUNDOFF[dtype] + 64 * ROUNDOFF[torch.float32]
 
 
-def check(device: torch.device, json_file: Path | None) -> bool:
-    """Prints the table; True when no error is above its limit."""
-    rows = [row for op in OPS for dtype in DTYPES for row in _rows(op, dtype, device)]
-    table = Table(title=f"error against float64, relative to the largest value, on {device}", title_justify="left")
+def check(device: torch.device, shapes: list[str], json_file: Path | None) -> bool:
+    """Prints a table a shape; True when no error is above its limit."""
+    console = Console(stderr=to_stdout(json_file))
+    calls = [(shape, dtype) for shape in own_shapes("check", OPS, shapes or DEFAULT) for dtype in DTYPES]
+    rows = []
+    with bar("checking") as progress:
+        for index, (shape, dtype) in enumerate(calls):
+            progress(index / len(calls))
+            rows += _rows(shape, dtype, device)
+    for sizes in dict.fromkeys(r["sizes"] for r in rows):
+        console.print(_table(f"{sizes} on {device}", [r for r in rows if r["sizes"] == sizes]))
+    write_json({"device": str(device), "torch": torch.__version__, "rows": rows}, json_file)
+    return all(r["ok"] for r in rows)
+
+
+def _rows(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[dict]:
+    sizes = dict(batch=shape.B, heads=shape.H, slots=shape.M, tokens=shape.L, width=shape.D)
+    case = make_case(shape.op, **sizes, dtype=dtype, device=device, masked=MASKED)
+    reference = oracle(case)
+    rows = []
+    for backend, reason in explain(shape.op, **case.tensors, **case.options).reasons.items():
+        if reason is None:
+            found = errors(run(case, backend), reference)
+            row = {"op": shape.op, "sizes": shape.group, "backend": backend, "dtype": str(dtype).removeprefix("torch.")}
+            row |= {"errors": found, "limit": limit(dtype)}
+            rows.append(row | {"ok": all(e <= limit(dtype) for e in found.values())})
+    return rows
+
+
+def _table(where: str, rows: list[dict]) -> Table:
+    table = Table(title=f"{where}: largest error, relative to the largest value", title_justify="left")
     for column in ("op", "backend", "dtype", "output", "worst gradient", "limit", ""):
         table.add_column(column, no_wrap=True)
     for r in rows:
@@ -43,21 +73,4 @@ def check(device: torch.device, json_file: Path | None) -> bool:
             f"{r['limit']:.1e}",
             "ok" if r["ok"] else "[red]above",
         )
-    Console().print(table)
-    if json_file is not None:
-        json_file.write_text(
-            json.dumps({"device": str(device), "torch": torch.__version__, "rows": rows}, indent=2) + "\n"
-        )
-    return all(r["ok"] for r in rows)
-
-
-def _rows(op: str, dtype: torch.dtype, device: torch.device) -> list[dict]:
-    case = make_case(op, **SIZES, dtype=dtype, device=device, masked=0.3)
-    reference = oracle(case)
-    rows = []
-    for backend, reason in explain(op, **case.tensors, **case.options).reasons.items():
-        if reason is None:
-            found = errors(run(case, backend), reference)
-            row = {"op": op, "backend": backend, "dtype": str(dtype).removeprefix("torch."), "errors": found}
-            rows.append(row | {"limit": limit(dtype), "ok": all(e <= limit(dtype) for e in found.values())})
-    return rows
+    return table

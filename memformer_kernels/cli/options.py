@@ -1,6 +1,36 @@
 """What several commands take."""
 
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the figures here as JSON; - is standard output, and the rest goes beside."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; by default a GPU if there is one.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape", help='Sizes of your own instead, such as "B=8 H=8 M=128 L=4096 D=64"; as often as you like.'
+    ),
+]
+
+
+def to_stdout(json_file: Path | None) -> bool:
+    """Whether standard output is for the JSON alone."""
+    return json_file == Path("-")
+
+
+def write_json(content: dict, json_file: Path | None) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    if to_stdout(json_file):
+        sys.stdout.write(text)
+    elif json_file is not None:
+        json_file.write_text(text)
 
 
 def find_device(name: str):

@@ -1,7 +1,8 @@
-"""The pictures. matplotlib is imported when one is drawn."""
+"""The pictures of training."""
 
 from pathlib import Path
 
+from memformer_kernels.figures import new_figure, save
 from memformer_kernels.training.run import RunFolder
 
 MEMORY, RESET, TWIN = "#1f77b4", "#ff7f0e", "#7f7f7f"
@@ -11,8 +12,7 @@ def draw_curves(folder: Path, unit: str) -> None:
     """`loss.png`: training loss, and the validations with memory, reset, and of the twin if there is one."""
     rows = RunFolder(folder).rows()
     twin_rows = RunFolder(folder / "twin").rows()
-    plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = new_figure(2, (10, 4))
     for name, some, color in (("with memory", rows, MEMORY), ("twin", twin_rows, TWIN)):
         points = [(r["step"], r["loss"]) for r in some if "loss" in r]
         if points:
@@ -31,13 +31,12 @@ def draw_curves(folder: Path, unit: str) -> None:
             right.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=name)
     right.set(xlabel="step", ylabel=f"held out: {unit}")
     right.legend()
-    _save(figure, folder / "loss.png")
+    save(figure, folder / "loss.png")
 
 
 def draw_story(path: Path, bits: dict[str, float], peaks: dict[str, dict[int, float]], where: str) -> None:
     """The demo's picture: bits per byte of the three models, and peak memory of the three methods over the horizon."""
-    plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = new_figure(2, (10, 4))
     names = {"memory": "with memory", "reset": "memory reset\nat each segment", "twin": "twin trained\nwithout memory"}
     bars = left.bar([names[k] for k in names], [bits[k] for k in names], color=[MEMORY, RESET, TWIN])
     left.bar_label(bars, fmt="%.3f")
@@ -50,7 +49,7 @@ def draw_story(path: Path, bits: dict[str, float], peaks: dict[str, dict[int, fl
     right.set_xticks(list(points), [str(p) for p in points])
     right.set_title(f"forward and backward of a rollout, {where}", fontsize=9)
     right.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _smooth(values) -> list[float]:
@@ -58,18 +57,3 @@ def _smooth(values) -> list[float]:
     half = len(values) // 20
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)

@@ -1,6 +1,5 @@
 """`stream`: the bits per byte of bytes without end."""
 
-import json
 import math
 import sys
 import time
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from memformer_kernels.cli import byte_models
+from memformer_kernels.cli.options import to_stdout, write_json
 from memformer_kernels.models import stream as open_stream
 
 CHUNK = 2**16  # bytes read at once, or fewer where no more have come yet
@@ -21,10 +21,11 @@ def stream(folder: Path, file: str, json_file: Path | None, device: torch.device
     model = byte_models.load(folder, device)
     count, bits, started = 0, 0.0, time.perf_counter()
     text = open_stream(model)
+    console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TextColumn("{task.fields[news]}"), TimeRemainingColumn())
     with _open(file) as source:
         try:
-            with Progress(*columns, console=Console(stderr=True)) as progress:
+            with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
                 bar = progress.add_task("", total=_size(file), news="")
                 while chunk := source.read1(CHUNK):
                     tokens = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)[None]
@@ -33,9 +34,9 @@ def stream(folder: Path, file: str, json_file: Path | None, device: torch.device
                     progress.update(bar, completed=count, news=_say(_figures(count, bits, started)))
         finally:
             figures = {"model": str(folder), "file": file, "device": str(device), **_figures(count, bits, started)}
-            print(f"{count:,} bytes read: {_say(figures)}", flush=True)
-            if json_file is not None:
-                json_file.write_text(json.dumps(figures, indent=2) + "\n")
+            where = sys.stderr if to_stdout(json_file) else sys.stdout
+            print(f"{count:,} bytes read: {_say(figures)}", file=where, flush=True)
+            write_json(figures, json_file)
     return figures
 
 

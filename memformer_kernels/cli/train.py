@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from memformer_kernels.cli import plots
+from memformer_kernels.cli.options import to_stdout, write_json
 from memformer_kernels.data import RecallTask, Text
 from memformer_kernels.models import PRESETS, MemformerLMConfig
 from memformer_kernels.state import StateFileError, files
@@ -84,8 +86,8 @@ class Job:
             text = Text.read(self.paths)
             skipped = f", {text.skipped} binary files left out" if text.skipped else ""
             console.print(
-                f"text: {text.files} files{skipped}; {len(text.train) / 1e6:.2f} MB to train on, "
-                f"{len(text.validation) / 1e6:.2f} MB held out"
+                f"text: {text.files} files{skipped}; {decimal(len(text.train))} to train on, "
+                f"{decimal(len(text.validation))} held out"
             )
             task = TextTask(text, s.batch, length, device)
         return Trainer(self.config, s, task, device, ranks)
@@ -100,6 +102,7 @@ def train(
     resume: bool = False,
     compare: bool = False,
     minutes: float | None = None,
+    json_file: Path | None = None,
     **every: int,
 ) -> dict[str, float]:
     """Trains, and with `compare` the twin too; prints a table, draws `loss.png`, returns the figures.
@@ -108,6 +111,7 @@ def train(
     """
     if compare and minutes is not None:
         raise ValueError("train: --minutes would stop the twin at another step than the model; --compare takes --steps")
+    console.stderr = to_stdout(json_file)
     with joined(device, shard=shard) as ranks:
         console.quiet = not ranks.first
         figures = _train_one("with memory", job, out, ranks, resume, minutes, every)
@@ -115,6 +119,7 @@ def train(
             figures["twin"] = _train_one("twin", job.twin(), out / "twin", ranks, resume, minutes, every)["reset"]
         if ranks.first:
             plots.draw_curves(out, job.unit)
+            write_json({"run": str(out), "unit": job.unit, **figures}, json_file)
     console.print(figures_table(figures, job.unit))
     console.print(
         f"written to {out}: loss.png, metrics.jsonl, checkpoint.safetensors, model.safetensors", highlight=False
@@ -128,11 +133,11 @@ def _train_one(
     name: str, job: Job, out: Path, ranks: Ranks, resume: bool, minutes: float | None, every: dict
 ) -> dict[str, float]:
     folder = RunFolder(out)
+    folder.check(resume)
     trainer = job.trainer(ranks.device, ranks)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     where = str(ranks.device) if ranks.world == 1 else f"{ranks.world} ranks, {ranks.device.type}"
     console.print(f"{name}: {parameters / 1e6:.2f} M parameters on {where}, {job.settings.steps} steps -> {out}")
-    folder.check(resume)
     if ranks.first:
         job.save(out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"))

@@ -1,0 +1,200 @@
+"""The tables of the README and docs/ that are made from the package and from result files.
+
+    python tests/generated_tables.py     writes them anew, between `<!-- table: NAME -->` and `<!-- /table -->`
+
+`tests/test_docs.py` fails when one is stale.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from doc_pages import PAGES, ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+MIB = 2**20
+
+
+def support() -> str:
+    """Which backend takes what: the limits that the backends themselves check."""
+    from memformer_kernels import backend, checks, launch
+    from memformer_kernels.ops.memory_forget import cuda
+    from memformer_kernels.ops.memory_forget import triton as forget
+    from memformer_kernels.ops.memory_write import triton as write
+
+    header = (ROOT / "csrc/include/memformer_kernels/memory_forget.h").read_text()
+    widest = re.search(r"kMemoryForgetMaxC = (\d+)", header)[1]
+    built_for = re.search(r'"MEMFORMER_KERNELS_ARCHS", "([^"]+)"', (ROOT / "setup.py").read_text())[1]
+    sm = ", ".join(f"sm_{name}" for name in built_for.split(";"))
+    limits = {
+        ("memory_read", "triton"): f"D up to {launch.MOST_CHANNELS}, any number of slots",
+        ("memory_write", "triton"): f"D up to {launch.MOST_CHANNELS}, C up to {write.MOST_CHANNELS}",
+        ("memory_forget", "triton"): f"C up to {forget.MOST_CHANNELS}",
+        ("memory_forget", "cuda"): f"C up to {widest}",
+    }
+    capability = ".".join(map(str, launch.LEAST_CAPABILITY))
+    titles = ("op", "eager", f"Triton: compute capability {capability} and above", f"CUDA C++: {sm}")
+    rows = []
+    for op in backend.OPS:
+        cells = [f"`{op}`", f"{_dtypes(checks.FLOATING)}; any device, any size"]
+        for name, dtypes in (("triton", launch.DTYPES), ("cuda", cuda.DTYPES)):
+            there = backend.implementation(op, name) is not None
+            assert there == ((op, name) in limits), f"{op} {name}: say here what it takes"
+            cells.append(f"{_dtypes(dtypes)}; {limits[op, name]}" if there else "-")
+        rows.append(cells)
+    return _table(titles, rows)
+
+
+def rollouts() -> str:
+    """Milliseconds and peak memory of a rollout, by ways that all shapes were measured in."""
+    shapes = _result("rollout_h200")["shapes"]
+    wanted = {
+        "plain bptt": "plain PyTorch, all kept",
+        "plain checkpoint": "checkpoints",
+        "plain replay": "a loop that replays",
+        "ours replay": "**ours: replay, as graphs**",
+    }
+    rows = []
+    for name, part in shapes.items():
+        shape, runs = part["shape"], {row["run"]: row for row in part["rows"]}
+        cells = [name, f"{shape['horizon']} x {shape['batch']} x {shape['length']}"]
+        rows.append([*cells, *(f"{_ms(runs[run]['ms'])} ms, {_size(runs[run]['peak_MiB'])}" for run in wanted)])
+    return _table(("shape", "segments x batch x tokens", *wanted.values()), rows)
+
+
+def rollout_runs() -> str:
+    rows = []
+    for name, part in _result("rollout_h200")["shapes"].items():
+        for row in part["rows"]:
+            figures = _ms(row["ms"]), _ms(row["busy_ms"]) if "busy_ms" in row else "", row["peak_MiB"]
+            rows.append((name, row["run"].replace("ours, budget", "ours replay, budget"), *figures))
+    return _table(("shape", "run", "ms", "busy ms", "peak MiB"), rows)
+
+
+def paper_replay() -> str:
+    """The paper's table of replay, and ours at its sizes."""
+    published = {"bptt": (16177, "1.00"), "checkpoint": (9885, "0.48"), "replay": (7229, "0.90")}  # MB, speed
+    shapes = _result("rollout_h200")["shapes"]
+    runs = [{row["run"]: row for row in shapes[name]["rows"]} for name in ("paper-4", "paper-16")]
+    rows = []
+    for run in ("plain bptt", "plain checkpoint", "plain replay", "ours replay"):
+        of_paper = published.get(run.removeprefix("plain "), ("", ""))
+        ours = [(r[run]["peak_MiB"], f"{r['plain bptt']['ms'] / r[run]['ms']:.2f}", _ms(r[run]["ms"])) for r in runs]
+        rows.append((run, *of_paper, *ours[0], *ours[1]))
+    titles = "paper, horizon 4: MB", "speed", "horizon 4: MiB", "speed", "ms", "horizon 16: MiB", "speed", "ms"
+    return _table(("", *titles), rows)
+
+
+def replay_memory() -> str:
+    rows = []
+    for row in _result("replay_memory_cpu")["rows"]:
+        figures = *(row["peak_bytes"][m] for m in ("replay", "checkpoint", "bptt")), row["stored_bytes"]
+        rows.append((row["horizon"], *(f"{n / MIB:.1f}" for n in figures)))
+    return _table(("segments", "replay", "checkpoint", "bptt", "of replay's, the stored memories"), rows)
+
+
+def operations() -> str:
+    """A few shapes, microseconds of ours and of the best peer."""
+    times = {
+        (row["op"], row["shape"], row["pass"]): f"{_us(row['results']['ours']['ms'])} / {_us(_best(row)['ms'])}"
+        for row in _result("ops_h200")["rows"]
+        if row["ratio"]
+    }
+    calls = [(op, which) for op in ("memory_read", "memory_write") for which in ("forward", "backward")]
+    shapes = [shape for op, shape, which in times if (op, which) == calls[0]]
+    shapes = [shape for shape in shapes if all((op, shape, which) in times for op, which in calls)]
+    rows = [(shape, *(times[op, shape, which] for op, which in calls)) for shape in shapes]
+    titles = [f"{op.removeprefix('memory_')} {which}" for op, which in calls]
+    return _table(("ours / best peer", *titles), rows)
+
+
+def memory_read() -> str:
+    return _of_op("memory_read", "ops_h200")
+
+
+def memory_write() -> str:
+    return _of_op("memory_write", "ops_h200")
+
+
+def memory_forget() -> str:
+    return _of_op("memory_forget", "memory_forget_bench_h200")
+
+
+def memory_gain() -> str:
+    rows = []
+    for length in (32, 64, 128):
+        content = _result(f"memory_gain_L{length}")
+        bits = content["bits_per_byte"]
+        cells = [f"{bits[k]['mean']:.3f} \u00b1 {bits[k]['stdev']:.3f}" for k in ("memory", "reset", "twin", "gain")]
+        where = content["device"].removeprefix("NVIDIA ")
+        minutes = sorted(run["minutes"] for run in content["runs"])
+        rows.append((f"{length} bytes", where, f"{minutes[0]:.0f} to {minutes[-1]:.0f}", *cells))
+    titles = ("segments of", "where", "minutes a run", "with memory", "memory reset", "twin", "gain over the twin")
+    return _table(titles, rows)
+
+
+TABLES = {
+    f.__name__: f
+    for f in (
+        *(support, rollouts, rollout_runs, paper_replay, replay_memory, operations),
+        *(memory_read, memory_write, memory_forget, memory_gain),
+    )
+}
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def renewed(text: str) -> str:
+    """A page with its tables made anew."""
+    return MARKED.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n{m[3]}", text)
+
+
+def _of_op(op: str, file: str) -> str:
+    rows = []
+    for row in _result(file)["rows"]:
+        if row["op"] == op and row["pass"] in ("forward", "backward"):
+            figures = _us(row["results"]["ours"]["ms"]), _us(row["floor_ms"]), f"{row['share_of_floor']:.2f}"
+            peer = f"{_us(_best(row)['ms'])}, {row['best_peer']}"
+            rows.append((row["shape"], row["pass"], *figures, peer, f"{row['ratio']:.2f}"))
+    return _table(("shape", "pass", "ours", "floor", "share", "best peer", "ratio"), rows)
+
+
+def _best(row: dict) -> dict:
+    return row["results"][row["best_peer"]]
+
+
+def _result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}"
+
+
+def _us(ms: float) -> str:
+    return f"{ms * 1e3:.1f}"
+
+
+def _size(mib: int) -> str:
+    return f"{mib} MiB" if mib < 1000 else f"{mib / 1024:.1f} GiB"
+
+
+def _dtypes(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _table(titles: tuple, rows: list) -> str:
+    lines = (titles, ("---",) * len(titles), *rows)
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def main() -> None:
+    for name, path in PAGES.items():
+        before = path.read_text()
+        after = renewed(before)
+        if after != before:
+            Path(path).write_text(after)
+            print(f"written anew: {name}")
+
+
+if __name__ == "__main__":
+    main()
