@@ -13,6 +13,8 @@ import torch
 # Read when a module with Triton kernels is imported. On a GPU machine too: what needs the GPU is in tests/gpu.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from contract import Contract
+
 import memformer_kernels
 from memformer_kernels import testing
 
@@ -23,6 +25,20 @@ COMPUTE_ROUNDINGS = 32
 
 def shared(function):
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--contract", metavar="FILE", help="write which guarantees were proven, with their figures")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Contract(config.getoption("--contract")), "contract")
+
+
+@pytest.fixture
+def record_figure(request):
+    """`record_figure(guarantee, name, value)`: for the contract's report, which keeps the largest value."""
+    return functools.partial(request.config.pluginmanager.get_plugin("contract").record, request.node)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -129,6 +145,14 @@ def agree(result, reference, tolerance=None, roundings=1):
         limit = tolerance or roundings * roundoff(tensor.dtype) + COMPUTE_ROUNDINGS * roundoff(wide)
         error = testing.relative_error(tensor, expected[name])
         assert error <= limit, f"{name}: {error:.2e} is above {limit:.2e}"
+
+
+@shared
+def within_bound(result, case, grad_output=None):
+    """Asserts the accuracy that is guaranteed, element by element; returns the largest share of it that was used."""
+    shares = testing.shares_of_bound(result, testing.oracle(case, grad_output), testing.error_bound(case, grad_output))
+    assert all(share <= 1 for share in shares.values()), f"more than 2 error_bound: {shares}"
+    return max(shares.values())
 
 
 @shared

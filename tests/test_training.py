@@ -37,6 +37,7 @@ def weights(some):
     return [t.clone() for t in some.model.state_dict().values()]
 
 
+@pytest.mark.guarantee("G17")
 def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, text):
     whole = trainer(text)
     losses = [whole.step() for _ in range(12)]
