@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from memformer_kernels.backend import OPS, explain
-from memformer_kernels.testing import errors, make_case, oracle, run
+from memformer_kernels.testing import error_bound, errors, make_case, oracle, run, shares_of_bound
 
 SIZES = dict(batch=2, heads=3, slots=33, tokens=65, width=48)  # nothing a multiple of a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,10 +27,11 @@ def limit(dtype: torch.dtype) -> float:
 
 
 def check(device: torch.device, json_file: Path | None) -> bool:
-    """Prints the table; True when no error is above its limit."""
+    """Prints the table; True when no error is above its limit, and no element further off than `error_bound` allows."""
     rows = [row for op in OPS for dtype in DTYPES for row in _rows(op, dtype, device)]
-    table = Table(title=f"error against float64, relative to the largest value, on {device}", title_justify="left")
-    for column in ("op", "backend", "dtype", "output", "worst gradient", "limit", ""):
+    title = f"error against float64, relative to the largest value, and as a share of 2 error_bound, on {device}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False)  # 80 columns
+    for column in ("op", "backend", "dtype", "output", "worst gradient", "limit", "share", ""):
         table.add_column(column, no_wrap=True)
     for r in rows:
         gradients = {name: error for name, error in r["errors"].items() if name != "output"}
@@ -41,6 +43,7 @@ def check(device: torch.device, json_file: Path | None) -> bool:
             f"{r['errors']['output']:.1e}",
             f"{gradients[worst]:.1e} {worst.removeprefix('grad_')}",
             f"{r['limit']:.1e}",
+            f"{max(r['shares'].values()):.2f}",
             "ok" if r["ok"] else "[red]above",
         )
     Console().print(table)
@@ -53,11 +56,13 @@ def check(device: torch.device, json_file: Path | None) -> bool:
 
 def _rows(op: str, dtype: torch.dtype, device: torch.device) -> list[dict]:
     case = make_case(op, **SIZES, dtype=dtype, device=device, masked=0.3)
-    reference = oracle(case)
+    reference, bound = oracle(case), error_bound(case)
     rows = []
     for backend, reason in explain(op, **case.tensors, **case.options).reasons.items():
         if reason is None:
-            found = errors(run(case, backend), reference)
+            result = run(case, backend)
+            found, shares = errors(result, reference), shares_of_bound(result, reference, bound)
             row = {"op": op, "backend": backend, "dtype": str(dtype).removeprefix("torch."), "errors": found}
-            rows.append(row | {"limit": limit(dtype), "ok": all(e <= limit(dtype) for e in found.values())})
+            ok = all(e <= limit(dtype) for e in found.values()) and all(share <= 1 for share in shares.values())
+            rows.append(row | {"limit": limit(dtype), "shares": shares, "ok": ok})
     return rows
