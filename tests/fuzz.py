@@ -9,6 +9,7 @@ import sys
 
 import layouts
 import torch
+from conftest import PATHS  # before all that imports Triton: it chooses the interpreter
 
 from memformer_kernels.testing import Case, cotangent, error_bound, make_case, oracle, shares_of_bound
 
@@ -84,8 +85,6 @@ def _check_hidden(case, result):
 
 
 def _twice_eager(case, grad, result, expected, unit):
-    from conftest import PATHS
-
     eager, shares = PATHS["eager"](case, grad).tensors(), {}
     for name, tensor in result.tensors().items():
         if tensor.numel():
@@ -101,6 +100,4 @@ def _bytes(tensor):
 
 
 if __name__ == "__main__":
-    from conftest import PATHS
-
     print(check(json.loads(sys.argv[2]), PATHS[sys.argv[1]]))
