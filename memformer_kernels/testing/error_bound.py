@@ -25,7 +25,7 @@ from memformer_kernels.testing.running_error import SMALLEST, TINY, UNIT, Comput
 EXP = 4 * UNIT  # relative error of an exponential: 2 units in the last place, as the CUDA manual has it for `exp2`
 
 
-def error_bound(case: Case, grad_output: Tensor | None = None) -> Result:
+def error_bound(case: Case, grad_output: Tensor | None = None, device: str | torch.device = "cpu") -> Result:
     """How far the output and each gradient may be from `oracle(case, grad_output)`, element by element.
 
     Holds, as `abs(result - oracle) <= 2 * error_bound`, for the eager and every fused backend, unless TF32 is allowed.
@@ -34,6 +34,7 @@ def error_bound(case: Case, grad_output: Tensor | None = None) -> Result:
     Args:
         case: in float32, float16 or bfloat16.
         grad_output: gradient of the output; `cotangent(case)` by default.
+        device: where it is computed.
 
     Returns:
         The bounds in the shape of the results, float64 on the CPU.
@@ -45,8 +46,8 @@ def error_bound(case: Case, grad_output: Tensor | None = None) -> Result:
     for name, dtype in dtypes.items():
         if dtype not in SMALLEST:
             checks.fail("error_bound", name, "be float32, float16 or bfloat16", dtype, TypeError)
-    grad = Computed.exact(to_float64(cotangent(case) if grad_output is None else grad_output))
-    tensors = case.map(to_float64).tensors
+    grad = Computed.exact(to_float64(cotangent(case) if grad_output is None else grad_output).to(device))
+    tensors = case.map(lambda t: to_float64(t).to(device)).tensors
     output, grads = {"memory_read": _read, "memory_write": _write, "memory_forget": _forget}[case.op](
         tensors, grad, dtypes, **case.options
     )
@@ -64,12 +65,12 @@ def shares_of_bound(result: Result, reference: Result, bound: Result) -> dict[st
 def _share(tensor: Tensor, expected: Tensor, bound: Tensor) -> float:
     if tensor.numel() == 0:
         return 0.0
-    share = (to_float64(tensor) - expected).abs() / (2 * bound)
+    share = (to_float64(tensor) - to_float64(expected)).abs() / (2 * bound)
     return share.where(bound.isfinite(), 0).nan_to_num(nan=math.inf).max().item()
 
 
 def _bound(result: Computed) -> Tensor:
-    return result.error.nan_to_num(nan=math.inf, posinf=math.inf)
+    return result.error.nan_to_num(nan=math.inf, posinf=math.inf).cpu()
 
 
 def _read(tensors, grad, dtypes, scale=None, allow_tf32=False):
