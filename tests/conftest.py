@@ -14,7 +14,7 @@ import torch
 # Read when a module with Triton kernels is imported. On a GPU machine too: what needs the GPU is in tests/gpu.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from contract import Contract
+from contract import pytest_addoption, pytest_configure, record_figure  # noqa: F401
 
 import memformer_kernels
 from memformer_kernels import testing
@@ -26,20 +26,6 @@ COMPUTE_ROUNDINGS = 32
 
 def shared(function):
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
-
-
-def pytest_addoption(parser):
-    parser.addoption("--contract", metavar="FILE", help="write which guarantees were proven, with their figures")
-
-
-def pytest_configure(config):
-    config.pluginmanager.register(Contract(config.getoption("--contract")), "contract")
-
-
-@pytest.fixture
-def record_figure(request):
-    """`record_figure(guarantee, name, value)`: for the contract's report, which keeps the largest value."""
-    return functools.partial(request.config.pluginmanager.get_plugin("contract").record, request.node)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ A test says `@pytest.mark.guarantee("G4")`, and `record_figure("G1", "worst shar
 largest figure of that name. `pytest --contract FILE` writes both; `contract_tables.py` makes tables of it.
 """
 
+import functools
 import json
 import platform
 import sys
@@ -68,3 +69,17 @@ class Contract:
             versions = {"torch": torch.__version__, "python": platform.python_version()}
             report = {"command": " ".join(["pytest", *sys.argv[1:]]), **versions, "guarantees": self.outcomes}
             Path(self.file).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--contract", metavar="FILE", help="write which guarantees were proven, with their figures")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Contract(config.getoption("--contract")), "contract")
+
+
+@pytest.fixture
+def record_figure(request):
+    """`record_figure(guarantee, name, value)`: for the contract's report, which keeps the largest value."""
+    return functools.partial(request.config.pluginmanager.get_plugin("contract").record, request.node)
