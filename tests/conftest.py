@@ -7,11 +7,14 @@ import functools
 import importlib
 import os
 
+import layouts
 import pytest
 import torch
 
 # Read when a module with Triton kernels is imported. On a GPU machine too: what needs the GPU is in tests/gpu.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from contract import pytest_addoption, pytest_configure, record_figure  # noqa: F401
 
 import memformer_kernels
 from memformer_kernels import testing
@@ -93,7 +96,10 @@ _eager.roundings = _explicit.roundings = 1
 _triton.roundings = 3
 
 
-@pytest.fixture(params=[_eager, _explicit, _triton], ids=["eager", "explicit", "triton"])
+PATHS = {"eager": _eager, "explicit": _explicit, "triton": _triton}
+
+
+@pytest.fixture(params=PATHS.values(), ids=PATHS)
 def path(request):
     if request.param is _triton:
         pytest.importorskip("triton")
@@ -132,6 +138,14 @@ def agree(result, reference, tolerance=None, roundings=1):
 
 
 @shared
+def within_bound(result, case, grad_output=None):
+    """Asserts the accuracy that is guaranteed, element by element; returns the largest share of it that was used."""
+    shares = testing.shares_of_bound(result, testing.oracle(case, grad_output), testing.error_bound(case, grad_output))
+    assert all(share <= 1 for share in shares.values()), f"more than 2 error_bound: {shares}"
+    return max(shares.values())
+
+
+@shared
 def same_bits(a, b):
     """Bit for bit: 0 is not -0, and a NaN is itself."""
     if isinstance(a, torch.Tensor):
@@ -152,58 +166,16 @@ def storage(tensor):
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
 
 
-# Hostile layouts: the same values in other places, among what must never be read.
-
-
-def _unreadable(tensor, shape):
-    """NaN, or for a mask the opposite of what it begins with."""
-    if tensor.dtype == torch.bool:
-        return tensor.new_full(shape, not tensor.flatten()[:1].all())
-    return tensor.new_full(shape, float("nan"))
-
-
-def _contiguous(tensor):
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _transposed(tensor):
-    return _contiguous(tensor.mT).mT
-
-
-def _gaps(tensor):
-    base = _unreadable(tensor, (*tensor.shape[:-1], 2 * tensor.shape[-1]))
-    base[..., ::2] = tensor
-    return base[..., ::2]
-
-
-def _margins(tensor):
-    base = _unreadable(tensor, [size + 2 for size in tensor.shape])
-    inside = base[(slice(1, -1),) * tensor.dim()]
-    inside.copy_(tensor)
-    return inside
-
-
-def _expanded(tensor):
-    """Every entry of the first dimension is its first one, in the same memory."""
-    return _contiguous(tensor[:1]).expand(tensor.shape)
-
-
-def _odd_offset(tensor):
-    base = _unreadable(tensor, (tensor.numel() + 1,))
-    base[1:] = tensor.flatten()
-    return base[1:].view(tensor.shape)
-
-
-@pytest.fixture(params=[_transposed, _gaps, _margins, _expanded, _odd_offset], ids=lambda f: f.__name__[1:])
+@pytest.fixture(params=layouts.LAYOUTS, ids=lambda f: f.__name__)
 def layout(request):
     return request.param
 
 
 @pytest.fixture(scope="session")
 def contiguous():
-    return _contiguous
+    return layouts.contiguous
 
 
 @pytest.fixture(scope="session")
 def transposed():
-    return _transposed
+    return layouts.transposed

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from contract import PROMISES
 from doc_pages import PAGES, ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -133,11 +134,37 @@ def memory_gain() -> str:
     return _table(titles, rows)
 
 
+def contract(with_figures: bool = False) -> str:
+    """One line for each guarantee: its promise, and what each report has of it."""
+    files = {"CPU": "contract_cpu", "H200": "contract_h200"}
+    reports = {
+        where: _result(name)["guarantees"] for where, name in files.items() if (RESULTS / f"{name}.json").exists()
+    }
+    rows = []
+    for name, promise in PROMISES.items():
+        rows.append((name, promise, *(proof(reports.get(where, {}).get(name), with_figures) for where in files)))
+    return _table(("", "we guarantee", *files), rows)
+
+
+def contract_figures() -> str:
+    return contract(with_figures=True)
+
+
+def proof(found: dict | None, with_figures: bool) -> str:
+    """How many tests passed, and the largest figure of each name."""
+    if not found or not found["passed"] + found["failed"]:
+        return ""
+    words = f"{found['passed']} passed" + (f", **{found['failed']} failed**" if found["failed"] else "")
+    if with_figures:
+        words = "<br>".join([words, *(f"{name}: {value:.3g}" for name, value in sorted(found["figures"].items()))])
+    return words
+
+
 TABLES = {
     f.__name__: f
     for f in (
         *(support, rollouts, rollout_runs, paper_replay, replay_memory, operations),
-        *(memory_read, memory_write, memory_forget, memory_gain),
+        *(memory_read, memory_write, memory_forget, memory_gain, contract, contract_figures),
     )
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memformer_kernels import backend, explain, memory_forget, memory_read
 from memformer_kernels.testing import make_case, run
 
+pytestmark = pytest.mark.guarantee("G14")
+
 RUNS = """
 from memformer_kernels.ops.{op} import eager
 
@@ -148,6 +150,7 @@ def test_transforms_of_torch_func_run_on_eager(plant):
         torch.func.vmap(lambda row: memory_forget(row[None], bias, backend="cuda")[0])(slots)
 
 
+@pytest.mark.guarantee("G15")
 @pytest.mark.parametrize("requested", ["auto", "triton"])
 @pytest.mark.parametrize("op", backend.OPS)
 def test_choice_of_a_fused_backend_compiles_as_one_graph(plant, op, requested, agree, eager):
@@ -174,6 +177,7 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.guarantee("G15")
 @pytest.mark.parametrize("op", backend.OPS)
 def test_who_watches_operations_sees_the_registered_ops(op, registered, same_bits):
     case = make_case(op)
@@ -184,6 +188,7 @@ def test_who_watches_operations_sees_the_registered_ops(op, registered, same_bit
     assert same_bits(watched, alone)
 
 
+@pytest.mark.guarantee("G13")
 def test_calls_from_many_threads_find_the_same_backend(plant):
     calls = plant("memory_forget", cuda=None)
     tensors, barrier, failures = make_case("memory_forget").tensors, threading.Barrier(8), []

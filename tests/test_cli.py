@@ -202,6 +202,7 @@ def test_a_resumed_run_takes_its_settings_from_its_folder(run, text):
     assert code == 0 and set(json.loads(said)) == {"run", "unit", "memory", "reset"}
 
 
+@pytest.mark.guarantee("G17")
 def test_ctrl_c_saves_and_resume_ends_where_the_whole_run_does(tmp_path, text):
     settings = [*SMALL[2:], "--steps", "120"]
     assert call("train", text, "--out", tmp_path / "whole", *settings)[0] == 0

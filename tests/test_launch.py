@@ -32,6 +32,7 @@ def capable(monkeypatch):
     monkeypatch.setattr(launch, "_unsupported_device", lambda index: None)
 
 
+@pytest.mark.guarantee("G10", "G14")
 @pytest.mark.parametrize(
     "op, call, words",
     [
@@ -55,18 +56,21 @@ def test_what_cannot_run_is_refused_with_its_reason(capable, op, call, words):
     assert got is None if words is None else words in got
 
 
+@pytest.mark.guarantee("G14")
 def test_cpu_tensors_are_refused():
     call = tuple(make_case("memory_forget").tensors.values())
     backend = importlib.import_module("memformer_kernels.ops.memory_forget.triton")
     assert backend.unsupported_reason(*call) == "slots must be on a CUDA device, got cpu"
 
 
+@pytest.mark.guarantee("G14")
 def test_the_interpreter_is_no_backend():
     tensors = [t.as_subclass(OnGpu) for t in make_case("memory_forget").tensors.values()]
     backend = importlib.import_module("memformer_kernels.ops.memory_forget.triton")
     assert "TRITON_INTERPRET is set" in backend.unsupported_reason(*tensors)
 
 
+@pytest.mark.guarantee("G10")
 @pytest.mark.parametrize("op, heads", [("memory_forget", 512), ("memory_write", 256)])
 def test_the_widest_slots_are_right(triton, agree, op, heads):
     case = make_case(op, batch=1, heads=heads, slots=1, tokens=2, width=64)

@@ -25,11 +25,16 @@ SIZES = dict(
 # Is it right?
 
 
-def test_output_and_gradients_are_right(path, dtype, agree):
+@pytest.mark.guarantee("G1")
+def test_output_and_gradients_are_right(path, dtype, agree, within_bound):
     case = make_case(OP, slots=17, width=21, dtype=dtype)
-    agree(path(case), oracle(case))
+    result = path(case)
+    agree(result, oracle(case))
+    if dtype != torch.float64:
+        within_bound(result, case)
 
 
+@pytest.mark.guarantee("G6")
 @pytest.mark.parametrize("eps", [1e-12, 0.3, 0.7])
 def test_gradients_are_right_where_the_norm_is_below_eps(path, eps, agree):
     for dtype in (torch.float64, torch.float32):
@@ -38,6 +43,7 @@ def test_gradients_are_right_where_the_norm_is_below_eps(path, eps, agree):
         agree(path(case), oracle(case))
 
 
+@pytest.mark.guarantee("G1")
 def test_bias_may_be_float32(path, agree):
     case = make_case(OP, dtype=torch.bfloat16)
     case = case.replace(bias=case.tensors["bias"].float() * 1.001)
@@ -46,6 +52,7 @@ def test_bias_may_be_float32(path, agree):
     agree(result, oracle(case))
 
 
+@pytest.mark.guarantee("G1")
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(**SIZES)
 def test_explicit_gradients_are_those_of_the_definition(eager, explicit, agree, **sizes):
@@ -53,6 +60,7 @@ def test_explicit_gradients_are_those_of_the_definition(eager, explicit, agree, 
     agree(explicit(case), eager(case), tolerance=1e-12)
 
 
+@pytest.mark.guarantee("G10")
 @pytest.mark.parametrize("size", ["batch", "slots", "width"])
 def test_any_size_may_be_zero(path, size):
     case = make_case(OP, **{size: 0})
@@ -85,6 +93,7 @@ def test_definition_is_differentiable_twice(eps):
     assert gradgradcheck(function, inputs)
 
 
+@pytest.mark.guarantee("G8")
 def test_slots_never_see_one_another(path, same_bits):
     case = make_case(OP)
     before = path(case)
@@ -127,6 +136,7 @@ def test_half_life_follows_the_norm_of_the_bias(retention, half_life):
     assert round(measured, 1) == half_life
 
 
+@pytest.mark.guarantee("G6")
 @pytest.mark.parametrize("size", [3e38, 1e-30])
 def test_norm_neither_overflows_nor_vanishes(path, size, agree):
     case = make_case(OP, batch=3)
@@ -139,6 +149,7 @@ def test_norm_neither_overflows_nor_vanishes(path, size, agree):
         agree(result, oracle(case))
 
 
+@pytest.mark.guarantee("G6")
 @pytest.mark.parametrize("eps", [0.125, 1e-12])
 def test_zero_vector_stays_zero_with_gradient_over_eps(path, dtype, eps):
     if dtype == torch.float16:
@@ -150,6 +161,7 @@ def test_zero_vector_stays_zero_with_gradient_over_eps(path, dtype, eps):
     torch.testing.assert_close(result.grads["slots"], (cotangent(case).double() / eps).to(dtype))
 
 
+@pytest.mark.guarantee("G5")
 def test_visible_nan_reaches_its_slot_and_no_other(path, same_bits):
     case = make_case(OP)
     before = path(case)
@@ -168,6 +180,7 @@ def test_visible_nan_reaches_its_slot_and_no_other(path, same_bits):
 # Does layout matter?
 
 
+@pytest.mark.guarantee("G4", "G9", "G11")
 def test_layout_of_inputs_does_not_matter(path, layout, agree, contiguous, storage):
     case = make_case(OP).map(layout)
     before = {name: storage(tensor) for name, tensor in case.tensors.items()}
@@ -175,6 +188,7 @@ def test_layout_of_inputs_does_not_matter(path, layout, agree, contiguous, stora
     assert all(torch.equal(storage(tensor), before[name]) for name, tensor in case.tensors.items())
 
 
+@pytest.mark.guarantee("G9", "G11")
 def test_layout_of_the_incoming_gradient_does_not_matter(path, layout, agree, contiguous, storage):
     case = make_case(OP)
     grad = layout(cotangent(case))
@@ -186,6 +200,7 @@ def test_layout_of_the_incoming_gradient_does_not_matter(path, layout, agree, co
 # Does it refuse well?
 
 
+@pytest.mark.guarantee("G12", "G14")
 def test_wrong_arguments_are_refused():
     tensors = make_case(OP, batch=2, heads=3, slots=5, width=8).tensors
     slots, bias = tensors.values()
@@ -221,6 +236,7 @@ def test_wrong_arguments_are_refused():
 # Does it compose?
 
 
+@pytest.mark.guarantee("G15")
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_public_function_compiles_as_one_graph(backend, agree, eager):
     def function(**arguments):
@@ -230,12 +246,14 @@ def test_public_function_compiles_as_one_graph(backend, agree, eager):
     agree(run(case, function=torch.compile(function, fullgraph=True, backend="aot_eager")), eager(case))
 
 
+@pytest.mark.guarantee("G15")
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_registered_op_compiles_as_one_graph(compiler, agree, registered, eager, transposed):
     case = make_case(OP).map(transposed)
     agree(run(case, function=torch.compile(registered(OP), fullgraph=True, backend=compiler)), eager(case))
 
 
+@pytest.mark.guarantee("G15")
 @pytest.mark.parametrize("size", [{}, {"batch": 1}, {"slots": 0}, {"dtype": torch.bfloat16}])
 def test_registered_op_passes_opcheck(size, transposed):
     case = make_case(OP, **size)
@@ -264,6 +282,7 @@ def test_definition_works_under_vmap_and_grad(eager):
     torch.testing.assert_close(grads.squeeze(1), eager(case).grads["slots"])
 
 
+@pytest.mark.guarantee("G14")
 def test_second_derivative_is_refused_where_there_is_none(registered):
     case = make_case(OP, requires_grad=True)
     output = registered(OP)(**case.tensors)

@@ -33,13 +33,18 @@ SIZES = dict(
 # Is it right?
 
 
+@pytest.mark.guarantee("G1")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("masked", [0, 0.4])
-def test_output_and_gradients_are_right(path, dtype, masked, bias, agree):
+def test_output_and_gradients_are_right(path, dtype, masked, bias, agree, within_bound):
     case = make_case(OP, tokens=33, slots=17, dtype=dtype, masked=masked, bias=bias)
-    agree(path(case), oracle(case), roundings=path.roundings)
+    result = path(case)
+    agree(result, oracle(case), roundings=path.roundings)
+    if dtype != torch.float64:
+        within_bound(result, case)
 
 
+@pytest.mark.guarantee("G1")
 @pytest.mark.parametrize("bias", [True, False])
 def test_slots_may_be_carried_in_float32(path, bias, agree):
     case = make_case(OP, dtype=torch.bfloat16, carried_dtype=torch.float32, masked=0.4, bias=bias)
@@ -49,6 +54,7 @@ def test_slots_may_be_carried_in_float32(path, bias, agree):
     agree(result, oracle(case))
 
 
+@pytest.mark.guarantee("G1")
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(**SIZES)
 def test_explicit_gradients_are_those_of_the_definition(eager, explicit, agree, **sizes):
@@ -56,6 +62,7 @@ def test_explicit_gradients_are_those_of_the_definition(eager, explicit, agree, 
     agree(explicit(case), eager(case), tolerance=1e-12)
 
 
+@pytest.mark.guarantee("G10")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", ["batch", "heads", "slots", "tokens", "width"])
 def test_any_size_may_be_zero(path, size, bias):
@@ -67,6 +74,7 @@ def test_any_size_may_be_zero(path, size, bias):
 
 
 # Tokens and slots of several tiles, and of several chunks, of the kernels in 32 and in 16 bits
+@pytest.mark.guarantee("G1")
 @pytest.mark.parametrize("slots, tokens, width", [(40, 70, 20), (131, 33, 8), (3, 1100, 16), (1, 1, 64)])
 @pytest.mark.parametrize("masked", [0, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
@@ -137,6 +145,7 @@ def test_definition_is_differentiable_twice(masked, bias):
     assert gradgradcheck(function, inputs)
 
 
+@pytest.mark.guarantee("G8")
 def test_slots_never_see_one_another(path, same_bits):
     case = make_case(OP, masked=0.4)
     before = path(case)
@@ -152,6 +161,7 @@ def test_slots_never_see_one_another(path, same_bits):
         assert same_bits(got, want), name
 
 
+@pytest.mark.guarantee("G8")
 def test_rows_of_the_batch_never_see_one_another(path, same_bits):
     case = make_case(OP, masked=0.4)
     before = path(case)
@@ -176,6 +186,7 @@ def test_slots_keep_their_order_and_that_of_tokens_does_not_matter(path, agree):
     agree(path(moved, cotangent(case)[:, slots]), Result(before.output[:, slots], move(before.grads)))
 
 
+@pytest.mark.guarantee("G3")
 @pytest.mark.parametrize("tokens", [0, 7])
 def test_slot_that_sees_no_token_is_kept_bit_for_bit(path, dtype, tokens, same_bits):
     case = make_case(OP, dtype=dtype, tokens=tokens, bias=False, masked=1)
@@ -187,11 +198,13 @@ def test_slot_that_sees_no_token_is_kept_bit_for_bit(path, dtype, tokens, same_b
     assert all(not grad.any() for name, grad in result.grads.items() if name != "slots")
 
 
+@pytest.mark.guarantee("G9")
 def test_output_never_shares_memory_with_the_slots(path):
     case = make_case(OP, tokens=0, bias=False)
     assert path(case).output.untyped_storage().data_ptr() != case.tensors["slots"].untyped_storage().data_ptr()
 
 
+@pytest.mark.guarantee("G3")
 def test_saturated_softmax_gives_the_winner_bit_for_bit(path, dtype, same_bits):
     case = make_case(OP, dtype=dtype, width=16, bias=False, temperature=1.0)
     winners = torch.randint(8, (2, 3, 5))  # 7: the slot itself
@@ -205,6 +218,7 @@ def test_saturated_softmax_gives_the_winner_bit_for_bit(path, dtype, same_bits):
     assert same_bits(output, want.transpose(1, 2).flatten(-2))
 
 
+@pytest.mark.guarantee("G3")
 def test_values_of_one_give_one(path, dtype):
     case = make_case(OP, dtype=dtype, tokens=16, bias=False)
     ones = {name: torch.ones_like(case.tensors[name]) for name in ("slots", "value")}
@@ -214,6 +228,7 @@ def test_values_of_one_give_one(path, dtype):
     assert (output.double() - 1).abs().max() <= roundoffs * torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.guarantee("G5")
 @pytest.mark.parametrize("size", [1e15, 1e30])
 def test_huge_logits_stay_right(path, dtype, size, same_bits):
     if dtype == torch.float16:
@@ -234,6 +249,7 @@ def test_written_slots_have_unit_norm(path, dtype):
     assert (norms - 1).abs().max() <= 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.guarantee("G6")
 def test_zero_vector_stays_zero_with_gradient_over_eps(path, dtype):
     eps = 0.125
     case = make_case(OP, dtype=dtype, tokens=0)
@@ -244,6 +260,7 @@ def test_zero_vector_stays_zero_with_gradient_over_eps(path, dtype):
     assert torch.equal(result.grads["slots"], cotangent(case) / eps)
 
 
+@pytest.mark.guarantee("G4")
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), float("-inf")])
 def test_hidden_tokens_never_matter(path, dtype, junk, same_bits):
     case = make_case(OP, dtype=dtype, masked=0.4)
@@ -254,6 +271,7 @@ def test_hidden_tokens_never_matter(path, dtype, junk, same_bits):
     assert not dirty.grads["key"][hidden].any() and not dirty.grads["value"][hidden].any()
 
 
+@pytest.mark.guarantee("G5")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ["query", "own_key", "slots", "key", "value"])
 def test_visible_nan_reaches_the_slots_that_see_it_and_no_other(path, name, bias, same_bits):
@@ -274,6 +292,7 @@ def test_visible_nan_reaches_the_slots_that_see_it_and_no_other(path, name, bias
 # Does layout matter?
 
 
+@pytest.mark.guarantee("G4", "G9", "G11")
 def test_layout_of_inputs_does_not_matter(path, layout, agree, contiguous, storage):
     case = make_case(OP, masked=0.4).map(layout)
     before = {name: storage(tensor) for name, tensor in case.tensors.items()}
@@ -281,6 +300,7 @@ def test_layout_of_inputs_does_not_matter(path, layout, agree, contiguous, stora
     assert all(torch.equal(storage(tensor), before[name]) for name, tensor in case.tensors.items())
 
 
+@pytest.mark.guarantee("G9", "G11")
 @pytest.mark.parametrize("bias", [True, False])
 def test_layout_of_the_incoming_gradient_does_not_matter(path, layout, bias, agree, contiguous, storage):
     case = make_case(OP, masked=0.4, bias=bias)
@@ -293,6 +313,7 @@ def test_layout_of_the_incoming_gradient_does_not_matter(path, layout, bias, agr
 # Does it refuse well?
 
 
+@pytest.mark.guarantee("G12", "G14")
 def test_wrong_arguments_are_refused():
     tensors = make_case(OP, batch=2, heads=3, slots=5, tokens=7, width=8, masked=0.4).tensors
     query, own_key, slots, key, value, mask, bias = tensors.values()
@@ -377,6 +398,7 @@ def test_wrong_arguments_are_refused():
 # Does it compose?
 
 
+@pytest.mark.guarantee("G15")
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_public_function_compiles_as_one_graph(backend, agree, eager):
     def function(**arguments):
@@ -386,6 +408,7 @@ def test_public_function_compiles_as_one_graph(backend, agree, eager):
     agree(run(case, function=torch.compile(function, fullgraph=True, backend="aot_eager")), eager(case))
 
 
+@pytest.mark.guarantee("G15")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_registered_op_compiles_as_one_graph(compiler, bias, agree, registered, eager, transposed):
@@ -393,6 +416,7 @@ def test_registered_op_compiles_as_one_graph(compiler, bias, agree, registered, 
     agree(run(case, function=torch.compile(registered(OP), fullgraph=True, backend=compiler)), eager(case))
 
 
+@pytest.mark.guarantee("G15")
 @pytest.mark.parametrize(
     "size",
     [
@@ -446,6 +470,7 @@ def test_definition_works_under_vmap_and_grad(eager):
         torch.testing.assert_close(got.squeeze(1), want[name])
 
 
+@pytest.mark.guarantee("G14")
 def test_second_derivative_is_refused_where_there_is_none(registered):
     case = make_case(OP, requires_grad=True)
     output = registered(OP)(**case.tensors)

@@ -42,6 +42,8 @@ from memformer_kernels.replay.graph import ForeignTensorError
 from memformer_kernels.replay.surroundings import modules_of
 from memformer_kernels.training.peak_memory import measure, measure_in_fresh_process, peak_bytes, stored_bytes
 
+pytestmark = pytest.mark.guarantee("G16")
+
 F64, F32 = torch.float64, torch.float32
 TOLERANCE = {F64: 1e-12, F32: 5e-6}
 

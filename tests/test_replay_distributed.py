@@ -1,5 +1,6 @@
 """`memory_replay` inside DistributedDataParallel: two processes equal one that has the whole batch."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -8,6 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memformer_kernels import MemformerLM, MemformerLMConfig, memory_replay
+
+pytestmark = pytest.mark.guarantee("G16")
 
 RANKS, ROWS, HORIZON = 2, 4, 4
 CONFIG = MemformerLMConfig(vocabulary=17, width=8, heads=2, layers=2, hidden=16, slots=3, segment_length=5)

@@ -11,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, explain
 from memformer_kernels.replay import CapturedCell, StagedCell, captured, memory_replay
 
+pytestmark = pytest.mark.guarantee("G16")
+
 F64 = torch.float64
 SIZES = dict(vocabulary=11, width=8, heads=2, hidden=16, slots=3, segment_length=5)
 

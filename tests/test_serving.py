@@ -17,6 +17,8 @@ from memformer_kernels.models.recurrent import Recurrent
 from memformer_kernels.serving import Lease
 from memformer_kernels.state import StateFileError
 
+pytestmark = pytest.mark.guarantee("G18")
+
 SIZES = dict(width=8, heads=2, hidden=8, slots=2, segment_length=3)
 L, V, T = SIZES["segment_length"], 7, 29
 

@@ -16,6 +16,8 @@ import torch
 from memformer_kernels import Memformer, MemformerLM, MemformerLMConfig, stream
 from memformer_kernels.state import StateFileError, files
 
+pytestmark = pytest.mark.guarantee("G17")
+
 V, L = 7, 4
 KINDS = [MemformerLM, Memformer]
 

@@ -11,6 +11,8 @@ import torch
 
 from memformer_kernels.state import StateFileError, files
 
+pytestmark = pytest.mark.guarantee("G17")
+
 DTYPES = [
     torch.float64,
     torch.float32,

@@ -99,6 +99,7 @@ def test_pieces_do_not_matter(model, text, logits, recorded, same_bits):
         assert same_bits(texts.memory, whole.memory)
 
 
+@pytest.mark.guarantee("G18")
 def test_rows_do_not_see_one_another(model, text, recorded, same_bits):
     want = stream(model, B).read(text)
     other = (text + 1) % V
@@ -106,6 +107,7 @@ def test_rows_do_not_see_one_another(model, text, recorded, same_bits):
     assert same_bits(stream(model, B).read(other)[1], want[1])
 
 
+@pytest.mark.guarantee("G18")
 @pytest.mark.parametrize("at", [0, 3, L, 2 * L + 1])
 def test_reset_rows_begin_anew_and_the_others_go_on(model, text, at, recorded, same_bits):
     want = stream(model, B).read(text)
@@ -118,6 +120,7 @@ def test_reset_rows_begin_anew_and_the_others_go_on(model, text, at, recorded, s
     assert same_bits(torch.cat([first, second], 1)[1:], want[1:])
 
 
+@pytest.mark.guarantee("G18")
 def test_reset_leaves_nothing_of_a_text_that_went_wrong(model, text, recorded, same_bits):
     texts, fresh = model.start(B), model.start(B)
     for t in texts.state().values():
@@ -137,6 +140,7 @@ def test_reset_leaves_nothing_of_a_text_that_went_wrong(model, text, recorded, s
     assert same_bits(texts.extend(text[:, :1]), fresh.extend(text[:, :1]))
 
 
+@pytest.mark.guarantee("G17")
 def test_state_comes_out_and_goes_in(model, text, recorded, same_bits):
     texts = stream(model, B)
     texts.read(text[:, :8])
@@ -358,6 +362,7 @@ def test_reading_and_decoding_mix(model, text, recorded):
         close(torch.cat(made, 1), want)
 
 
+@pytest.mark.guarantee("G18")
 def test_rows_at_different_places_decode_as_they_do_alone(model, text, recorded):
     model = model.double()
     want = at_once(model, text)[0]

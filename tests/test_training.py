@@ -37,6 +37,7 @@ def weights(some):
     return [t.clone() for t in some.model.state_dict().values()]
 
 
+@pytest.mark.guarantee("G17")
 @pytest.mark.parametrize("more", [{}, dict(restart=0.4, lengths=(4, 8, 8))], ids=["plain", "restarts and lengths"])
 def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, text, more):
     settings = replace(SETTINGS, **more)

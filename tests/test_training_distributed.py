@@ -128,6 +128,7 @@ def _drop_other(ranks):
     assert not torch.equal(ours, other)
 
 
+@pytest.mark.guarantee("G17")
 @SHARD
 def test_a_run_is_resumed_bit_for_bit_by_as_many_ranks(tmp_path, shard):
     together(_resume_bit_for_bit, tmp_path, shard)

@@ -83,6 +83,7 @@ def test_kernels_live_in_registers(kernels):
         assert row["stack"] <= spill_limit(row), row
 
 
+@pytest.mark.guarantee("G2")
 def test_16_bit_products_run_on_the_matrix_units_and_float32_ones_do_not(kernels):
     for row in kernels:
         if multiplies(row) and row["dtype"] == "bfloat16":
@@ -94,6 +95,7 @@ def test_16_bit_products_run_on_the_matrix_units_and_float32_ones_do_not(kernels
             assert not (row["wgmma"] or row["mma"] or row["tf32"]), row
 
 
+@pytest.mark.guarantee("G2")
 def test_tf32_is_used_where_it_is_allowed(kernels):
     allowed = [row for row in kernels if row["allow_tf32"] and multiplies(row)]
     assert allowed and all(row["tf32"] for row in allowed)

@@ -10,7 +10,7 @@ from memformer_kernels.backend import OPS, explain
 from memformer_kernels.benchmarking.suite import Shape, own_shapes
 from memformer_kernels.cli.options import to_stdout, write_json
 from memformer_kernels.cli.progress import bar
-from memformer_kernels.testing import errors, make_case, oracle, run
+from memformer_kernels.testing import error_bound, errors, make_case, oracle, run, shares_of_bound
 
 DEFAULT = ("B=2 H=3 M=33 L=65 D=48",)  # nothing a multiple of a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,7 +29,7 @@ def limit(dtype: torch.dtype) -> float:
 
 
 def check(device: torch.device, shapes: list[str], json_file: Path | None) -> bool:
-    """Prints a table a shape; True when no error is above its limit."""
+    """Prints a table a shape; True when no error is above its limit, nor an element beyond twice `error_bound`."""
     console = Console(stderr=to_stdout(json_file))
     calls = [(shape, dtype) for shape in own_shapes("check", OPS, shapes or DEFAULT) for dtype in DTYPES]
     rows = []
@@ -46,20 +46,23 @@ def check(device: torch.device, shapes: list[str], json_file: Path | None) -> bo
 def _rows(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[dict]:
     sizes = dict(batch=shape.B, heads=shape.H, slots=shape.M, tokens=shape.L, width=shape.D)
     case = make_case(shape.op, **sizes, dtype=dtype, device=device, masked=MASKED)
-    reference = oracle(case)
+    reference, bound = oracle(case), error_bound(case)
     rows = []
     for backend, reason in explain(shape.op, **case.tensors, **case.options).reasons.items():
         if reason is None:
-            found = errors(run(case, backend), reference)
+            result = run(case, backend)
+            found, shares = errors(result, reference), shares_of_bound(result, reference, bound)
             row = {"op": shape.op, "sizes": shape.group, "backend": backend, "dtype": str(dtype).removeprefix("torch.")}
-            row |= {"errors": found, "limit": limit(dtype)}
-            rows.append(row | {"ok": all(e <= limit(dtype) for e in found.values())})
+            row |= {"errors": found, "limit": limit(dtype), "shares": shares}
+            ok = all(e <= limit(dtype) for e in found.values()) and all(share <= 1 for share in shares.values())
+            rows.append(row | {"ok": ok})
     return rows
 
 
 def _table(where: str, rows: list[dict]) -> Table:
-    table = Table(title=f"{where}: largest error, relative to the largest value", title_justify="left")
-    for column in ("op", "backend", "dtype", "output", "worst gradient", "limit", ""):
+    title = f"{where}: largest error, relative to the largest value, and over 2 error_bound"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("op", "backend", "dtype", "output", "worst gradient", "limit", "of bound"):
         table.add_column(column, no_wrap=True)
     for r in rows:
         gradients = {name: error for name, error in r["errors"].items() if name != "output"}
@@ -71,6 +74,6 @@ def _table(where: str, rows: list[dict]) -> Table:
             f"{r['errors']['output']:.1e}",
             f"{gradients[worst]:.1e} {worst.removeprefix('grad_')}",
             f"{r['limit']:.1e}",
-            "ok" if r["ok"] else "[red]above",
+            f"{max(r['shares'].values()):.2f}{'' if r['ok'] else ' [red]above'}",
         )
     return table

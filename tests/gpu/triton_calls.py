@@ -1,14 +1,18 @@
 """What the checks of the Triton backend share: calls of the registered ops, the float64 answer, bits, layouts."""
 
 import importlib
-import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from memformer_kernels import backend as backends
 from memformer_kernels import testing
 from memformer_kernels.testing import Case, Result, cotangent
+
+sys.path.append(str(Path(__file__).parents[1]))  # what the tests on the CPU share
+from layouts import LAYOUTS, contiguous, odd_offset  # noqa: E402, F401
 
 OPS = ("memory_read", "memory_write", "memory_forget")
 MASKS = {"memory_read": "slot_mask", "memory_write": "token_mask"}
@@ -101,51 +105,6 @@ def differing_in_layout(op, a, b):
     a, b = a.tensors(), b.tensors()
     limit = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # of the largest value
     return [name for name in names if not testing.relative_error(a[name], b[name]) <= limit[a[name].dtype]]
-
-
-# Layouts: the same values in other places, among what must never be read.
-
-
-def contiguous(tensor):
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def transposed(tensor):
-    return contiguous(tensor.mT).mT
-
-
-def strided(tensor):
-    base = _unreadable(tensor, (*tensor.shape[:-1], 2 * tensor.shape[-1]))
-    base[..., ::2] = tensor
-    return base[..., ::2]
-
-
-def padded(tensor):
-    base = _unreadable(tensor, [size + 2 for size in tensor.shape])
-    inside = base[(slice(1, -1),) * tensor.dim()]
-    inside.copy_(tensor)
-    return inside
-
-
-def expanded(tensor):
-    """Every entry of the first dimension is its first one, in the same memory."""
-    return contiguous(tensor[:1]).expand(tensor.shape)
-
-
-def odd_offset(tensor):
-    base = _unreadable(tensor, (tensor.numel() + 1,))
-    base[1:] = tensor.flatten()
-    return base[1:].view(tensor.shape)
-
-
-LAYOUTS = (transposed, strided, padded, expanded, odd_offset)
-
-
-def _unreadable(tensor, shape):
-    """NaN, or for a mask the opposite of what it begins with."""
-    if tensor.dtype == torch.bool:
-        return tensor.new_full(shape, not tensor.flatten()[:1].all())
-    return tensor.new_full(shape, math.nan)
 
 
 def rows(case, part):

@@ -76,11 +76,13 @@ def _memory_write_backward_rows_kernel(
             db += g
         d = tl.sum(g * u, 1)
         ds0 = w0 * (tl.sum(g * m, 1) - d)
-        tl.store(grad_attended + places, g.to(grad_attended.dtype.element_ty), mask=inside)
+        rounded = g.to(grad_attended.dtype.element_ty)
+        tl.store(grad_attended + places, rounded, mask=inside)
         tl.store(grad_slots + places, (w0[:, None] * g).to(grad_slots.dtype.element_ty), mask=inside)
         own_key_grad = scale * ds0[:, None] * q
         tl.store(grad_own_key + places, own_key_grad.to(grad_own_key.dtype.element_ty), mask=inside)
-        tl.store(row_terms + per_head, d, mask=in_heads)
+        # of the du that the products take: where a weight is near 1, what du lost cancels in du @ value^T - delta
+        tl.store(row_terms + per_head, tl.sum(rounded.to(tl.float32) * u, 1), mask=in_heads)
         tl.store(row_terms + tl.cast(B, tl.int64) * M * H + per_head, ds0, mask=in_heads)
     if bias is not None:
         places = slot.to(tl.int64) * (H * D) + merged

@@ -1,9 +1,4 @@
-"""What tests, benchmarks and the command `check` share: random calls of the ops, and the float64 answer to them.
-
->>> case = make_case("memory_write", dtype=torch.bfloat16, masked=0.3)
->>> errors(run(case, backend="eager"), oracle(case))
-{'output': 0.0017, 'query': 0.0021, ...}
-"""
+"""Random calls of the ops, and the float64 answer to them."""
 
 import dataclasses
 import importlib
@@ -151,14 +146,14 @@ def run(
 def oracle(case: Case, grad_output: Tensor | None = None) -> Result:
     """The answer: the eager definition in float64 on the CPU, on the case's own, already rounded, values."""
     grad_output = cotangent(case) if grad_output is None else grad_output
-    return run(case.map(_to_float64), "eager", _to_float64(grad_output))
+    return run(case.map(to_float64), "eager", to_float64(grad_output))
 
 
 def relative_error(a: Tensor, reference: Tensor) -> float:
     """`max|a - reference| / max|reference|`, in float64; 0 when the two are equal, empty ones included."""
     if a.shape != reference.shape:
         checks.fail("relative_error", "a", f"have the shape of reference {list(reference.shape)}", list(a.shape))
-    a, reference = _to_float64(a), _to_float64(reference)
+    a, reference = to_float64(a), to_float64(reference)
     if torch.equal(a, reference):
         return 0.0
     return ((a - reference).abs().max() / reference.abs().max()).item()
@@ -175,6 +170,7 @@ def _on_backend(op: str, backend: str) -> Callable[..., Tensor]:
     return lambda **arguments: function(**arguments, backend=backend)
 
 
-def _to_float64(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
+    """The values on the CPU, in float64 unless they are a mask."""
     tensor = tensor.detach().cpu()
     return tensor.double() if tensor.is_floating_point() else tensor
