@@ -107,6 +107,45 @@ def triton():
     return _triton
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles and chunks as small as kernels take, so that a few tokens, slots and batch rows make several of each."""
+    pytest.importorskip("triton")
+    from memformer_kernels import launch, tiles
+
+    measured, small = tiles.config, {"chunk": 32}
+
+    def config(*arguments):
+        return {n: 16 if n.startswith("BLOCK") else small.get(n, v) for n, v in measured(*arguments).items()}
+
+    monkeypatch.setattr(tiles, "config", config)
+    monkeypatch.setattr(tiles, "slot_tile", lambda *_: 16)
+    monkeypatch.setattr(tiles, "token_chunk", lambda *_: small["chunk"])
+    monkeypatch.setattr(tiles, "MOST_GROUPS", 2)
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """`launches(case, **options)`: the launchers of the op's Triton forward and backward, none of which runs."""
+    pytest.importorskip("triton")
+    from memformer_kernels import launch
+
+    found = []
+    monkeypatch.setattr(launch.Launcher, "__call__", lambda self, *tensors: found.append(self))
+
+    def launches(case, **options):
+        found.clear()
+        launch.forget_plans()
+        testing.run(case, function=functools.partial(_registered(case.op, "triton"), **options))
+        return list(found)
+
+    yield launches
+    launch.forget_plans()
+
+
 @pytest.fixture(scope="session")
 def registered():
     """`registered(op)`: the op of the explicit path as a function of tensors and options by name."""

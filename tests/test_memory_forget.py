@@ -61,6 +61,11 @@ def test_any_size_may_be_zero(path, size):
     assert not result.grads["bias"].any()
 
 
+def test_the_batch_comes_in_groups(triton, small_tiles, agree):
+    case = make_case(OP, batch=3, heads=1, slots=2, width=21)
+    agree(triton(case), oracle(case))
+
+
 # Is the reference right?
 
 

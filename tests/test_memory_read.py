@@ -57,6 +57,27 @@ def test_triton_kernels_are_right_over_many_tiles(triton, dtype, masked, slots, 
     agree(triton(case), oracle(case), roundings=triton.roundings)
 
 
+# Each way through the Triton kernels by a case of its own, small enough for the mutation gate
+WAYS = {
+    "part of a tile": dict(slots=3, tokens=17),
+    "whole tiles": dict(slots=16, tokens=16, width=16),
+    "hidden slots": dict(slots=5, tokens=3, masked=0.4),
+    "wide heads": dict(slots=3, tokens=3, width=40, heads=1),
+    "chunks of tokens": dict(slots=3, tokens=70, batch=1),
+    "tiles of slots": dict(slots=33, tokens=17, batch=1),
+    "whole tiles of slots": dict(slots=32, tokens=17, batch=1, width=16),
+    "tiles of hidden slots": dict(slots=33, tokens=17, batch=1, masked=0.4),
+    "tiles of slots, chunks of tokens": dict(slots=17, tokens=35, heads=1, width=20),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_way_through_the_kernels_is_right(triton, small_tiles, way, dtype, agree):
+    case = make_case(OP, **{"heads": 2, "dtype": dtype, **way})
+    agree(triton(case), oracle(case), roundings=triton.roundings)
+
+
 # Is the reference right?
 
 

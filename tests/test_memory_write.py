@@ -75,6 +75,28 @@ def test_triton_kernels_are_right_over_many_tiles(triton, dtype, masked, slots, 
     agree(triton(case), oracle(case), roundings=triton.roundings)
 
 
+# Each way through the Triton kernels by a case of its own, small enough for the mutation gate
+WAYS = {
+    "part of a tile": dict(slots=3, tokens=7),
+    "no bias": dict(slots=3, tokens=7, bias=False),
+    "whole tiles": dict(slots=3, tokens=32, width=16, heads=1),
+    "hidden tokens": dict(slots=3, tokens=7, masked=0.4),
+    "wide heads": dict(slots=2, tokens=3, width=40, heads=1),
+    "groups of the batch": dict(slots=1, tokens=3, batch=3, heads=1),
+    "chunks of tokens": dict(slots=2, tokens=70, batch=1),
+    "chunks of hidden tokens": dict(slots=2, tokens=70, batch=1, masked=0.4),
+    "tiles of slots": dict(slots=17, tokens=17, batch=1, heads=1),
+    "tiles of slots, chunks of tokens": dict(slots=17, tokens=33, batch=1, heads=1, masked=0.4, bias=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_way_through_the_kernels_is_right(triton, small_tiles, way, dtype, agree):
+    case = make_case(OP, **{"heads": 2, "dtype": dtype, "amplitude": 0.5, **way})
+    agree(triton(case), oracle(case), roundings=triton.roundings)
+
+
 # Is the reference right?
 
 
