@@ -3,8 +3,10 @@
 Shared functions are fixtures that return the function, so that every folder of tests can ask for them by name.
 """
 
+import ctypes
 import functools
 import importlib
+import mmap
 import os
 
 import pytest
@@ -236,6 +238,51 @@ def _odd_offset(tensor):
 @pytest.fixture(params=[_transposed, _gaps, _margins, _expanded, _odd_offset], ids=lambda f: f.__name__[1:])
 def layout(request):
     return request.param
+
+
+@pytest.fixture(params=["end", "start"])
+def beside_no_memory(request):
+    """`beside_no_memory(tensor)`: the same values up against a page that nobody may touch, on one side; who reads past
+    that side brings the process down."""
+    system, page, held = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
+
+    def place(tensor):
+        flat = tensor.detach().contiguous().flatten()
+        size = flat.numel() * flat.element_size()
+        pages = mmap.mmap(-1, (-(-size // page) + 1) * page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        at_end = request.param == "end"
+        begin = len(pages) - page - size if at_end else page
+        guard = address + (len(pages) - page if at_end else 0)
+        placed = torch.frombuffer(pages, dtype=flat.dtype, count=flat.numel(), offset=begin).view(tensor.shape)
+        placed.copy_(tensor)
+        assert system.mprotect(ctypes.c_void_p(guard), page, 0) == 0
+        held.append((guard, placed))
+        return placed
+
+    yield place
+    for guard, _ in held:
+        system.mprotect(ctypes.c_void_p(guard), page, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.fixture
+def far_apart(tmp_path):
+    """`far_apart(tensor, dim)`: the same values with 2^30 elements from one index of `dim` to the next, in a file with
+    holes, so that little memory is used."""
+
+    def place(tensor, dim):
+        shape, step = tensor.shape, 2**30
+        base = torch.from_file(
+            str(tmp_path / f"{len(list(tmp_path.iterdir()))}"),
+            shared=True,
+            size=step * (shape[dim] - 1) + tensor.numel(),
+            dtype=tensor.dtype,
+        )
+        strides = list(tensor.contiguous().stride())
+        strides[dim] = step
+        return base.as_strided(shape, strides).copy_(tensor)
+
+    return place
 
 
 @pytest.fixture(scope="session")

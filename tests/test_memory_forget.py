@@ -66,6 +66,14 @@ def test_the_batch_comes_in_groups(triton, small_tiles, agree):
     agree(triton(case), oracle(case))
 
 
+def test_groups_of_the_batch_are_added_up_in_float32(triton, small_tiles, agree):
+    case = make_case(OP, batch=4, heads=1, slots=1, dtype=torch.float16)
+    case, grad = case.map(lambda t: t if t.dim() == 2 else t[:1].expand(t.shape)), cotangent(case)
+    grad[2:] = -grad[:2]  # the groups all but cancel
+    grad[0] += 2**-6
+    agree(triton(case, grad), oracle(case, grad))
+
+
 # Is the reference right?
 
 
@@ -186,6 +194,12 @@ def test_layout_of_the_incoming_gradient_does_not_matter(path, layout, agree, co
     before = storage(grad)
     agree(path(case, grad), path(case, contiguous(grad)))
     assert torch.equal(storage(grad), before)
+
+
+def test_nothing_beside_the_inputs_is_read(triton, beside_no_memory, same_bits):
+    case = make_case(OP, batch=1, heads=1, slots=3, width=21)
+    grad = cotangent(case)
+    assert same_bits(triton(case.map(beside_no_memory), beside_no_memory(grad)), triton(case, grad))
 
 
 # Does it refuse well?
