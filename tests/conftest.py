@@ -110,7 +110,16 @@ def triton():
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def nothing_left_over():
+    """New memory is full of NaN: what a kernel was to write and did not is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch, nothing_left_over):
     """Tiles and chunks as small as kernels take, so that a few tokens, slots and batch rows make several of each."""
     pytest.importorskip("triton")
     from memformer_kernels import launch, tiles

@@ -96,6 +96,12 @@ def test_every_product_has_the_precision_of_its_kernel(triton, small_tiles, monk
     assert found == {"IEEE"}
 
 
+def test_rows_of_heads_are_computed_without_fused_multiply_adds(launches):
+    """So that a kept slot's own logit has a gradient of exactly 0, and saving changes no bit."""
+    rows = [run for run in launches(make_case("memory_write")) if "BLOCK_H" in run.constants]
+    assert rows and not any(run.constants.get("enable_fp_fusion", True) for run in rows)
+
+
 # What of a launch may follow the batch. Where Triton looks at such a number, a batch of one takes another kernel
 OF_THE_BATCH = {"B", "group", "part_rows"}
 ADDS_UP = "sum_partials_kernel"  # and does nothing else, so that no variant of it rounds otherwise

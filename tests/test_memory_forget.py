@@ -66,6 +66,10 @@ def test_the_batch_comes_in_groups(triton, small_tiles, agree):
     agree(triton(case), oracle(case))
 
 
+def test_an_empty_batch_gives_zero_gradients_whatever_lay_there(triton, nothing_left_over):
+    assert not triton(make_case(OP, batch=0)).grads["bias"].any()
+
+
 def test_groups_of_the_batch_are_added_up_in_float32(triton, small_tiles, agree):
     case = make_case(OP, batch=4, heads=1, slots=1, dtype=torch.float16)
     case, grad = case.map(lambda t: t if t.dim() == 2 else t[:1].expand(t.shape)), cotangent(case)

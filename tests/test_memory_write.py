@@ -124,6 +124,17 @@ def test_chunks_that_see_no_token_change_no_bit(triton, small_tiles, same_bits):
     assert same_bits(triton(case).output, case.tensors["slots"])
 
 
+def test_chunks_may_grow_without_bound(triton, small_tiles, same_bits):
+    case = make_case(OP, batch=1, heads=1, slots=2, tokens=70, width=1, bias=False, temperature=1.0)
+    key = torch.linspace(1, 2, 70).view(1, 1, 70, 1)
+    case = case.replace(query=torch.full((1, 1, 2, 1), 1e30), own_key=torch.ones(1, 1, 2, 1), key=key)
+    assert same_bits(triton(case).output, case.tensors["value"][0, :, -1:].expand(-1, 2, -1))
+
+
+def test_an_empty_batch_gives_zero_gradients_whatever_lay_there(triton, nothing_left_over):
+    assert all(not grad.any() for grad in triton(make_case(OP, batch=0)).grads.values())
+
+
 def test_groups_of_the_batch_are_added_up_in_float32(triton, small_tiles, agree):
     case = make_case(OP, batch=4, heads=1, slots=1, tokens=1, dtype=torch.float16, masked=1)
     case, grad = case.map(lambda t: t if t.dim() == 2 else t[:1].expand(t.shape)), cotangent(case)

@@ -23,13 +23,7 @@ except ModuleNotFoundError:  # Python 3.10
 FOLDER = Path(__file__).parent
 TESTS = FOLDER.parent
 PACKAGE = TESTS.parent / "memformer_kernels"
-KERNELS = (
-    "memory_read",
-    "memory_write",
-    "memory_forget",
-    "attention",
-    "fused",
-)  # the other files: replay, dispatch, state
+KERNELS = ("memory_read", "memory_write", "memory_forget", "attention", "fused")  # else replay, dispatch, state
 SECONDS = 60  # that the tests of one mutant may take; they take one or two
 
 
@@ -102,7 +96,7 @@ class Gate:
         raise GateError(f"{mutant.name}: its tests did not run:\n{output}")
 
     def check_unmutated(self, mutants: Iterable[Mutant]) -> None:
-        """Raises `GateError` unless all tests of the mutants pass without a fault: only then a failure tells anything."""
+        """Raises `GateError` unless all tests of the mutants pass without a fault: else their failures tell nothing."""
         tests = sorted({test for mutant in mutants for test in mutant.tests})
         code, output = self._run(tests, at_once=len(tests))
         if code:
