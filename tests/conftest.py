@@ -20,17 +20,17 @@ from memformer_kernels import testing
 
 
 def _patch_triton_once_a_launch():
-    """The interpreter puts its own functions in the place of Triton's language, at a launch and, to no effect, at every
-    call of one kernel function by another: two thirds of its time."""
+    """The interpreter puts its own functions in the place of those of Triton that a module sees, again at every call of
+    one of the module's functions: two fifths of its time. Once a launch is enough."""
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
-    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, []
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_once(function):
-        if not patched:
-            patched.append(True)
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
             return patch(function)
 
     def launch_and_forget(self, *arguments, **options):
