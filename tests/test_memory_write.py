@@ -99,13 +99,15 @@ def test_every_way_through_the_kernels_is_right(triton, small_tiles, way, dtype,
     agree(triton(case), oracle(case), roundings=triton.roundings)
 
 
+@pytest.mark.parametrize("masked", [True, False], ids=["hidden", "past the end"])
 @pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])
-def test_hidden_tokens_stay_out_where_all_else_is_unlikely(triton, small_tiles, slots, agree):
-    """A hidden token's logit, taken for 0, would be e^400 times as likely as what is visible."""
+def test_what_is_not_seen_stays_out_where_all_else_is_unlikely(triton, small_tiles, slots, masked, agree):
+    """A logit that is not there, taken for 0, would be e^400 times as likely as what is visible."""
     case = make_case(OP, batch=1, heads=1, slots=slots, tokens=3, amplitude=0.1, temperature=1.0)
     moved = {name: case.tensors[name] + 15 for name in ("own_key", "key")}
-    mask = torch.tensor([[True, False, True]])
-    case = case.replace(query=case.tensors["query"] - 10, token_mask=mask, **moved)
+    if masked:
+        moved["token_mask"] = torch.tensor([[True, False, True]])
+    case = case.replace(query=case.tensors["query"] - 10, **moved)
     agree(triton(case), oracle(case), tolerance=1e-3)  # of logits near 400 the last bit is 3e-5
 
 

@@ -23,7 +23,7 @@ except ModuleNotFoundError:  # Python 3.10
 FOLDER = Path(__file__).parent
 TESTS = FOLDER.parent
 PACKAGE = TESTS.parent / "memformer_kernels"
-KERNELS = ("memory_read", "memory_write", "memory_forget", "attention", "fused")  # else replay, dispatch, state
+KERNELS = {"memory_read", "memory_write", "memory_forget", "attention", "fused"}  # parts of the catalogue
 SECONDS = 60  # that the tests of one mutant may take; they take one or two
 
 
@@ -60,8 +60,14 @@ def catalogue() -> list[Mutant]:
     return mutants
 
 
+def is_of_a_kernel(mutant: Mutant) -> bool:
+    return mutant.part in KERNELS
+
+
 class Gate:
     """A copy of the package to plant faults in, and a process that runs tests on it; a context manager."""
+
+    killed = 0
 
     def __enter__(self) -> "Gate":
         self._folder = Path(tempfile.mkdtemp(prefix="mutants-"))
@@ -92,6 +98,7 @@ class Gate:
         finally:
             _write(path, original)
         if code in (0, 1) or code < 0:  # passed, failed, or brought the process down
+            self.killed += code != 0
             return code != 0
         raise GateError(f"{mutant.name}: its tests did not run:\n{output}")
 
