@@ -108,7 +108,7 @@ def test_what_is_not_seen_stays_out_where_all_else_is_unlikely(triton, small_til
     if masked:
         moved["token_mask"] = torch.tensor([[True, False, True]])
     case = case.replace(query=case.tensors["query"] - 10, **moved)
-    agree(triton(case), oracle(case), tolerance=1e-3)  # of logits near 400 the last bit is 3e-5
+    agree(triton(case), oracle(case), tolerance=1e-2)  # logits near 400 are rounded by 3e-5, and keys near 15 cancel
 
 
 @pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])

@@ -67,8 +67,6 @@ def is_of_a_kernel(mutant: Mutant) -> bool:
 class Gate:
     """A copy of the package to plant faults in, and a process that runs tests on it; a context manager."""
 
-    killed = 0
-
     def __enter__(self) -> "Gate":
         self._folder = Path(tempfile.mkdtemp(prefix="mutants-"))
         skip = shutil.ignore_patterns("__pycache__", "*.so")
@@ -98,7 +96,6 @@ class Gate:
         finally:
             _write(path, original)
         if code in (0, 1) or code < 0:  # passed, failed, or brought the process down
-            self.killed += code != 0
             return code != 0
         raise GateError(f"{mutant.name}: its tests did not run:\n{output}")
 
