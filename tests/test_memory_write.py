@@ -126,6 +126,12 @@ def test_chunks_that_see_no_token_change_no_bit(triton, small_tiles, same_bits):
     assert same_bits(triton(case).output, case.tensors["slots"])
 
 
+def test_an_infinite_slot_stays_infinite_over_chunks(triton, small_tiles):
+    case = make_case(OP, batch=1, heads=1, slots=1, tokens=70, amplitude=0.1, bias=False)
+    case.tensors["slots"][0, 0, 0] = float("inf")
+    assert triton(case).output[0, 0, 0] == float("inf")
+
+
 def test_chunks_may_grow_without_bound(triton, small_tiles, same_bits):
     case = make_case(OP, batch=1, heads=1, slots=2, tokens=70, width=1, bias=False, temperature=1.0)
     key = torch.linspace(1, 2, 70).view(1, 1, 70, 1)
