@@ -15,7 +15,7 @@ import triton.language as tl
 from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, store_tile
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "H", "chunk"])
+@triton.jit(do_not_specialize=["rows", "keys", "H", "chunk", "part_rows"])
 def attention_backward_rows_kernel(
     grad,  # [B, H, rows, D]: of the output
     output,  # [B, H, rows, D]; or None: delta is given
@@ -39,7 +39,7 @@ def attention_backward_rows_kernel(
     keys,
     H,
     chunk,  # keys of one program
-    part_stride,  # B * rows * H * D
+    part_rows,  # B * rows * H
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -60,7 +60,7 @@ def attention_backward_rows_kernel(
     value = at_head(value, batch, head, value_strides)
     log_sum_exp += (batch * H + head) * rows
     delta += (batch * H + head) * rows
-    grad_query += part.to(tl.int64) * part_stride + (batch * rows * H + head) * D
+    grad_query += (part.to(tl.int64) * part_rows + batch * rows * H + head) * D
     if mask is not None:
         mask += batch * mask_strides[0]
 
@@ -100,7 +100,7 @@ def attention_backward_rows_kernel(
     store_tile(grad_query, row, H * D, dq * scale, inside, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "H", "chunk"])
+@triton.jit(do_not_specialize=["rows", "keys", "H", "chunk", "part_rows"])
 def attention_backward_keys_kernel(
     grad,  # [B, H, rows, D]: of the output
     query,  # [B, H, rows, D]
@@ -122,7 +122,7 @@ def attention_backward_keys_kernel(
     keys,
     H,
     chunk,  # rows of one program
-    part_stride,  # B * keys * H * D
+    part_rows,  # B * keys * H
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -143,8 +143,8 @@ def attention_backward_keys_kernel(
     value = at_head(value, batch, head, value_strides)
     log_sum_exp += (batch * H + head) * rows
     delta += (batch * H + head) * rows
-    grad_key += part.to(tl.int64) * part_stride + (batch * keys * H + head) * D
-    grad_value += part.to(tl.int64) * part_stride + (batch * keys * H + head) * D
+    grad_key += (part.to(tl.int64) * part_rows + batch * keys * H + head) * D
+    grad_value += (part.to(tl.int64) * part_rows + batch * keys * H + head) * D
     if mask is not None:
         mask += batch * mask_strides[0]
 

@@ -3,8 +3,10 @@
 Shared functions are fixtures that return the function, so that every folder of tests can ask for them by name.
 """
 
+import ctypes
 import functools
 import importlib
+import mmap
 import os
 
 import layouts
@@ -18,6 +20,32 @@ from contract import pytest_addoption, pytest_configure, record_figure  # noqa: 
 
 import memformer_kernels
 from memformer_kernels import testing
+
+
+def _patch_triton_once_a_launch():
+    """The interpreter puts its own functions in the place of those of Triton that a module sees, again at every call of
+    one of the module's functions: two fifths of its time. Once a launch is enough."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            return patch(function)
+
+    def launch_and_forget(self, *arguments, **options):
+        try:
+            return launch(self, *arguments, **options)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_and_forget
+
+
+_patch_triton_once_a_launch()
 
 # A result is rounded once at the store; what is computed before, in float32 or float64, may be off by this many
 # roundings of the largest value. The most that the tests have seen is 13.
@@ -113,6 +141,54 @@ def triton():
     return _triton
 
 
+@pytest.fixture
+def nothing_left_over():
+    """New memory is full of NaN: what a kernel was to write and did not is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch, nothing_left_over):
+    """Tiles and chunks as small as kernels take, so that a few tokens, slots and batch rows make several of each."""
+    pytest.importorskip("triton")
+    from memformer_kernels import launch, tiles
+
+    measured, small = tiles.config, {"chunk": 32}
+
+    def config(*arguments):
+        return {n: 16 if n.startswith("BLOCK") else small.get(n, v) for n, v in measured(*arguments).items()}
+
+    monkeypatch.setattr(tiles, "config", config)
+    monkeypatch.setattr(tiles, "slot_tile", lambda *_: 16)
+    monkeypatch.setattr(tiles, "token_chunk", lambda *_: small["chunk"])
+    monkeypatch.setattr(tiles, "MOST_GROUPS", 2)
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """`launches(case, **options)`: the launchers of the op's Triton forward and backward, none of which runs."""
+    pytest.importorskip("triton")
+    from memformer_kernels import launch
+
+    found = []
+    monkeypatch.setattr(launch.Launcher, "__call__", lambda self, *tensors: found.append(self))
+
+    def launches(case, **options):
+        found.clear()
+        launch.forget_plans()
+        testing.run(case, function=functools.partial(_registered(case.op, "triton"), **options))
+        return list(found)
+
+    yield launches
+    launch.forget_plans()
+
+
 @pytest.fixture(scope="session")
 def registered():
     """`registered(op)`: the op of the explicit path as a function of tensors and options by name."""
@@ -169,6 +245,51 @@ def storage(tensor):
 @pytest.fixture(params=layouts.LAYOUTS, ids=lambda f: f.__name__)
 def layout(request):
     return request.param
+
+
+@pytest.fixture(params=["end", "start"])
+def beside_no_memory(request):
+    """`beside_no_memory(tensor)`: the same values up against a page that nobody may touch, on one side; who reads past
+    that side brings the process down."""
+    system, page, held = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
+
+    def place(tensor):
+        flat = tensor.detach().contiguous().flatten()
+        size = flat.numel() * flat.element_size()
+        pages = mmap.mmap(-1, (-(-size // page) + 1) * page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        at_end = request.param == "end"
+        begin = len(pages) - page - size if at_end else page
+        guard = address + (len(pages) - page if at_end else 0)
+        placed = torch.frombuffer(pages, dtype=flat.dtype, count=flat.numel(), offset=begin).view(tensor.shape)
+        placed.copy_(tensor)
+        assert system.mprotect(ctypes.c_void_p(guard), page, 0) == 0
+        held.append((guard, placed))
+        return placed
+
+    yield place
+    for guard, _ in held:
+        system.mprotect(ctypes.c_void_p(guard), page, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.fixture
+def far_apart(tmp_path):
+    """`far_apart(tensor, dim)`: the same values with 2^30 elements from one index of `dim` to the next, in a file with
+    holes, so that little memory is used."""
+
+    def place(tensor, dim):
+        shape, step = tensor.shape, 2**30
+        base = torch.from_file(
+            str(tmp_path / f"{len(list(tmp_path.iterdir()))}"),
+            shared=True,
+            size=step * (shape[dim] - 1) + tensor.numel(),
+            dtype=tensor.dtype,
+        )
+        strides = list(tensor.contiguous().stride())
+        strides[dim] = step
+        return base.as_strided(shape, strides).copy_(tensor)
+
+    return place
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,7 @@ def test_residual_norm_linear(shape, branched, keep, dtype):
 
     x64, branch64, *p64 = _double(x, branch, *parameters)
     total = x64 if branch is None else x64 + branch64
+    _assert_close(outputs[:1], [total], dtype)
     if branched and dtype == F16:  # the sum is rounded where it is stored
         total = total + (outputs[0].double() - total).detach()
     normalised = nn.functional.layer_norm(total, (shape[1],), p64[0], p64[1], norm.eps)
@@ -80,11 +81,45 @@ def test_residual_norm(shape, dtype):
     outputs = functions.ResidualNorm.apply(x, branch, norm.weight, norm.bias, norm.eps, dtype)
     x64, branch64, *p64 = _double(x, branch, norm.weight, norm.bias)
     total = x64 + branch64
+    _assert_close(outputs[:1], [total], dtype)
     total = total + (outputs[0].double() - total).detach()
     expected = total, nn.functional.layer_norm(total, (shape[1],), *p64, norm.eps)
     _assert_close(outputs, expected, dtype)
     found = _gradients(outputs, (x, branch, norm.weight, norm.bias))
     _assert_close(found, _gradients(expected, (x64, branch64, *p64)), dtype)
+
+
+def test_rows_of_small_variance_are_right():
+    """Where eps decides, it stands beside the variance and not beside its root."""
+    norm, _ = _pieces(24, F32)
+    x = torch.randn(3, 24).mul(1e-3).requires_grad_()
+    outputs = functions.ResidualNorm.apply(x, None, norm.weight, norm.bias, norm.eps, F32)
+    x64, *p64 = _double(x, norm.weight, norm.bias)
+    _assert_close(outputs[1:], [nn.functional.layer_norm(x64, (24,), *p64, norm.eps)], F32)
+
+
+def test_what_is_normalised_is_what_is_stored():
+    norm, _ = _pieces(24, F16)
+    x, branch = torch.randn(2, 3, 24, dtype=F16).mul(1e-3)
+    x += 8  # a sum is rounded to a 128th: most of what the rows differ by
+    total, normalised = functions.ResidualNorm.apply(x, branch, norm.weight, norm.bias, norm.eps, F16)
+    _, again = functions.ResidualNorm.apply(total, None, norm.weight, norm.bias, norm.eps, F16)
+    assert torch.equal(normalised, again)
+
+
+def test_gelu_of_float32_is_exact_far_below_zero():
+    hidden = torch.linspace(-5, 0, 50)
+    expected = nn.functional.gelu(hidden.double())
+    # to the error function's absolute accuracy, which times h is what is left far below 0
+    assert ((functions.kernels.gelu_forward(hidden) - expected).abs() <= 6e-8 * hidden.abs() + 1e-30).all()
+
+
+def test_products_are_added_to_their_totals():
+    grad, x = torch.randn(3, 5), torch.randn(3, 4)
+    for dtype in (F32, torch.float64):
+        total = torch.ones(5, 4, dtype=dtype)
+        assert functions._product(grad, x, total) is None
+        torch.testing.assert_close(total, 1 + (grad.t() @ x).to(dtype))
 
 
 def test_a_loss_may_be_made_of_either_result():

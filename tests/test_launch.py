@@ -70,6 +70,63 @@ def test_the_interpreter_is_no_backend():
     assert "TRITON_INTERPRET is set" in backend.unsupported_reason(*tensors)
 
 
+PRODUCTS = ("memory_read", "memory_write")
+of_products = pytest.mark.parametrize("op", PRODUCTS)
+one_tile_or_several = pytest.mark.parametrize("slots", [5, 17], ids=["one tile", "tiles"])
+
+
+@pytest.mark.parametrize("allow_tf32", [False, True])
+@one_tile_or_several
+@of_products
+def test_float32_is_rounded_to_tf32_where_that_is_allowed_only(launches, small_tiles, op, slots, allow_tf32):
+    made = launches(make_case(op, slots=slots), allow_tf32=allow_tf32)
+    found = {run.constants["PRECISION"] for run in made if "PRECISION" in run.constants}
+    assert found == {"tf32" if allow_tf32 else "ieee"}
+
+
+@one_tile_or_several
+@of_products
+def test_every_product_has_the_precision_of_its_kernel(triton, small_tiles, monkeypatch, op, slots):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    multiply, found = InterpreterBuilder.create_dot, set()
+
+    def create_dot(self, a, b, d, input_precision, *rest):
+        found.add(input_precision.name)
+        return multiply(self, a, b, d, input_precision, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    triton(make_case(op, batch=1, heads=1, slots=slots, tokens=3))
+    assert found == {"IEEE"}
+
+
+def test_rows_of_heads_are_computed_without_fused_multiply_adds(launches):
+    """So that a kept slot's own logit has a gradient of exactly 0, and saving changes no bit."""
+    rows = [run for run in launches(make_case("memory_write")) if "BLOCK_H" in run.constants]
+    assert rows and not any(run.constants.get("enable_fp_fusion", True) for run in rows)
+
+
+# What of a launch may follow the batch. Where Triton looks at such a number, a batch of one takes another kernel
+OF_THE_BATCH = {"B", "group", "part_rows"}
+ADDS_UP = "sum_partials_kernel"  # and does nothing else, so that no variant of it rounds otherwise
+
+
+@pytest.mark.parametrize("slots", [5, 40], ids=["one tile", "tiles"])
+@pytest.mark.parametrize("op", [*PRODUCTS, "memory_forget"])
+def test_how_a_row_is_computed_does_not_depend_on_the_batch(launches, op, slots):
+    def by_kernel(batch):
+        made = launches(make_case(op, batch=batch, slots=slots, tokens=5000, heads=1))
+        return {run.kernel.__name__: run for run in made if run.kernel.__name__ != ADDS_UP}
+
+    alone = by_kernel(1)
+    for batch in (2, 33):
+        for name, run in by_kernel(batch).items():
+            assert run.constants == alone[name].constants
+            names = [n for n in run.kernel.arg_names if n not in run.constants][-len(run.arguments) :]
+            changed = {n for n, a, b in zip(names, run.arguments, alone[name].arguments, strict=True) if a != b}
+            assert changed <= OF_THE_BATCH and changed <= {*run.kernel.rewriter.kwargs["do_not_specialize"]}, name
+
+
 @pytest.mark.guarantee("G10")
 @pytest.mark.parametrize("op, heads", [("memory_forget", 512), ("memory_write", 256)])
 def test_the_widest_slots_are_right(triton, agree, op, heads):

@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -62,6 +63,87 @@ def test_any_size_may_be_zero(path, size):
 def test_triton_kernels_are_right_over_many_tiles(triton, dtype, masked, slots, tokens, width, agree):
     case = make_case(OP, slots=slots, tokens=tokens, width=width, dtype=dtype, masked=masked, heads=2, amplitude=0.5)
     agree(triton(case), oracle(case), roundings=triton.roundings)
+
+
+# Each way through the Triton kernels by a case of its own, small enough for the mutation gate
+WAYS = {
+    "part of a tile": dict(slots=3, tokens=17),
+    "whole tiles": dict(slots=16, tokens=16, width=16),
+    "hidden slots": dict(slots=5, tokens=3, masked=0.4),
+    "a whole tile of hidden slots": dict(slots=16, tokens=3, masked=0.4, heads=1),
+    "wide heads": dict(slots=3, tokens=3, width=40, heads=1),
+    "chunks of tokens": dict(slots=3, tokens=70, batch=1),
+    "tiles of slots": dict(slots=33, tokens=17, batch=1),
+    "whole tiles of slots": dict(slots=32, tokens=17, batch=1, width=16),
+    "tiles of hidden slots": dict(slots=33, tokens=3, heads=1, masked=0.4),
+    "whole tiles of hidden slots": dict(slots=32, tokens=3, batch=1, heads=1, masked=0.4),
+    "tiles of slots, chunks of tokens": dict(slots=17, tokens=35, batch=1, width=20),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_way_through_the_kernels_is_right(triton, small_tiles, way, dtype, agree):
+    case = make_case(OP, **{"heads": 2, "dtype": dtype, **way})
+    agree(triton(case), oracle(case), roundings=triton.roundings)
+
+
+@pytest.mark.parametrize("visible", [[], [1, 3], [38, 40]], ids=["no slot", "first tile", "last tile"])
+def test_tiles_without_a_visible_slot(triton, small_tiles, visible, agree):
+    case = make_case(OP, batch=1, heads=1, slots=41, tokens=2)
+    mask = torch.zeros(1, 41, dtype=torch.bool)
+    mask[:, visible] = True
+    case, grad = case.replace(slot_mask=mask), cotangent(case)
+    if visible:
+        agree(triton(case, grad), oracle(case, grad), tolerance=1e-5)
+    else:
+        grad[0, 0, 1] = float("nan")
+        assert all(not tensor.any() for tensor in triton(case, grad).tensors().values())
+
+
+@pytest.mark.parametrize("slots", [3, 17], ids=["one tile", "tiles"])
+def test_hidden_slots_stay_out_where_all_others_are_unlikely(triton, small_tiles, slots, agree):
+    """A hidden slot's logit, taken for 0, would be e^400 times as likely as those that are visible."""
+    case = make_case(OP, batch=1, heads=1, slots=slots, tokens=2, amplitude=0.1)
+    query, key = case.tensors["query"] - 10, case.tensors["key"] + 15
+    mask = torch.arange(slots)[None] != 1
+    case = case.replace(query=query, key=key, slot_mask=mask)
+    agree(triton(case), oracle(case), tolerance=1e-3)  # of logits near 400 the last bit is 3e-5
+
+
+@pytest.mark.parametrize("slots", [3, 17], ids=["one tile", "tiles"])
+def test_hidden_slots_never_win(path, small_tiles, slots, same_bits):
+    """However low the logits that are visible, the largest first and the hidden one last: no finite sentinel."""
+    case = make_case(OP, batch=1, heads=1, slots=slots, tokens=2, width=1)
+    query, key = torch.full((1, 1, 2, 1), -1e30), torch.linspace(1, 2, slots).view(1, 1, slots, 1)
+    mask = torch.arange(slots)[None] < slots - 1
+    case = case.replace(query=query, key=key, slot_mask=mask)
+    assert same_bits(path(case).output, case.tensors["value"][:, :, :1].expand(-1, -1, 2, -1))
+
+
+def test_an_empty_memory_reads_as_zero_whatever_lay_there(triton, nothing_left_over):
+    assert not triton(make_case(OP, slots=0)).output.any()
+
+
+def test_chunks_of_tokens_are_added_up_in_float32(triton, small_tiles, agree):
+    case = make_case(OP, batch=1, heads=1, slots=2, tokens=64, dtype=torch.float16)
+    case, grad = case.replace(query=torch.zeros_like(case.tensors["query"])), cotangent(case)
+    grad[:, :, 32:] = -0.99 * grad[:, :, :32]  # the chunks all but cancel
+    agree(triton(case, grad), oracle(case, grad), roundings=triton.roundings)
+
+
+def test_delta_is_not_rounded_to_16_bits(triton, small_tiles, agree):
+    case = make_case(OP, batch=1, heads=1, slots=17, tokens=3, dtype=torch.float16)
+    case = case.replace(value=case.tensors["value"] / 4 + 32)  # each output is rounded to a 64th
+    agree(triton(case), oracle(case), tolerance=1e-2)
+
+
+@pytest.mark.parametrize("slots", [15, 16, 17])
+def test_what_the_forward_saves_is_what_it_says(registered, small_tiles, slots):
+    module = importlib.import_module("memformer_kernels.ops.memory_read.triton")
+    query, key, value = make_case(OP, batch=1, heads=1, slots=slots, tokens=2).tensors.values()
+    _, log_sum_exp, _ = module.forward(query, key, value, None, 0.3, False, True)
+    assert module.saves_log_sum_exp(query, key) == (log_sum_exp is not None) == (slots > 16)
 
 
 # Is the reference right?
@@ -238,6 +320,38 @@ def test_layout_of_the_incoming_gradient_does_not_matter(path, layout, agree, co
     before = storage(grad)
     agree(path(case, grad), path(case, contiguous(grad)))
     assert torch.equal(storage(grad), before)
+
+
+def test_key_and_value_may_be_laid_out_differently(path, same_bits, transposed):
+    case = make_case(OP, batch=1)
+    assert same_bits(path(case.replace(value=transposed(case.tensors["value"]))).output, path(case).output)
+
+
+@pytest.mark.parametrize("slots", [3, 17], ids=["one tile", "tiles"])
+def test_nothing_beside_the_inputs_is_read(triton, small_tiles, beside_no_memory, slots, same_bits):
+    case = make_case(OP, batch=1, heads=1, slots=slots, tokens=5, masked=0.4)
+    grad = cotangent(case)
+    assert same_bits(triton(case.map(beside_no_memory), beside_no_memory(grad)), triton(case, grad))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "heads", "rows"])
+def test_offsets_may_pass_2_to_the_31(triton, far_apart, dim, same_bits):
+    sizes = [1, 1, 1]
+    sizes[dim] = 4
+    batch, heads, rows = sizes
+    case = make_case(OP, batch=batch, heads=heads, slots=rows, tokens=rows, dtype=torch.float16)
+    grad = cotangent(case)
+    assert same_bits(triton(case.map(lambda t: far_apart(t, dim)), far_apart(grad, dim)), triton(case, grad))
+
+
+@pytest.mark.parametrize("slots", [3, 17], ids=["one tile", "tiles"])
+def test_a_row_has_the_same_bits_in_any_batch(triton, small_tiles, slots, same_bits):
+    case = make_case(OP, batch=3, heads=1, slots=slots, tokens=35, masked=0.4)
+    grad = cotangent(case)
+    whole = triton(case, grad)
+    for rows in ([1], [2, 0]):
+        part = triton(case.map(lambda t: t[rows]), grad[rows])  # noqa: B023
+        assert all(same_bits(part.tensors()[name], tensor[rows]) for name, tensor in whole.tensors().items())
 
 
 # Does it refuse well?

@@ -83,6 +83,82 @@ def test_triton_kernels_are_right_over_many_tiles(triton, dtype, masked, slots, 
     agree(triton(case), oracle(case), roundings=triton.roundings)
 
 
+# Each way through the Triton kernels by a case of its own, small enough for the mutation gate
+WAYS = {
+    "part of a tile": dict(slots=3, tokens=7),
+    "no bias": dict(slots=3, tokens=7, bias=False),
+    "whole tiles": dict(slots=3, tokens=32, width=16, heads=1),
+    "hidden tokens": dict(slots=3, tokens=7, masked=0.4),
+    "whole tiles of hidden tokens": dict(slots=2, tokens=16, masked=0.4, heads=1),
+    "wide heads": dict(slots=2, tokens=3, width=40, heads=1),
+    "groups of the batch": dict(slots=1, tokens=3, batch=3, heads=1),
+    "chunks of tokens": dict(slots=2, tokens=70, batch=1),
+    "chunks of hidden tokens": dict(slots=2, tokens=70, batch=1, masked=0.4),
+    "tiles of slots": dict(slots=17, tokens=17, batch=1, heads=1),
+    "tiles of slots, chunks of tokens": dict(slots=17, tokens=33, batch=1, masked=0.4, bias=False),
+    "tiles of slots, whole tiles of hidden tokens": dict(slots=17, tokens=16, batch=1, heads=1, masked=0.4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_way_through_the_kernels_is_right(triton, small_tiles, way, dtype, agree):
+    case = make_case(OP, **{"heads": 2, "dtype": dtype, "amplitude": 0.5, **way})
+    agree(triton(case), oracle(case), roundings=triton.roundings)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["hidden", "past the end"])
+@pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])
+def test_what_is_not_seen_stays_out_where_all_else_is_unlikely(triton, small_tiles, slots, masked, agree):
+    """A logit that is not there, taken for 0, would be e^400 times as likely as what is visible."""
+    case = make_case(OP, batch=1, heads=1, slots=slots, tokens=3, amplitude=0.1, temperature=1.0)
+    moved = {name: case.tensors[name] + 15 for name in ("own_key", "key")}
+    if masked:
+        moved["token_mask"] = torch.tensor([[True, False, True]])
+    case = case.replace(query=case.tensors["query"] - 10, **moved)
+    agree(triton(case), oracle(case), tolerance=1e-2)  # logits near 400 are rounded by 3e-5, and keys near 15 cancel
+
+
+@pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])
+def test_gradients_of_hidden_tokens_are_zero_whatever_arrives(triton, small_tiles, slots):
+    case = make_case(OP, batch=1, heads=1, slots=slots, tokens=3)
+    mask = torch.tensor([[True, False, True]])
+    grads = triton(case.replace(token_mask=mask), torch.full_like(cotangent(case), float("nan"))).grads
+    for name in TOKENS:
+        assert not grads[name][:, :, 1].any() and grads[name][:, :, 0].isnan().all()
+
+
+def test_chunks_that_see_no_token_change_no_bit(triton, small_tiles, same_bits):
+    case = make_case(OP, batch=1, heads=1, slots=2, tokens=70, bias=False, masked=1)
+    case.tensors["slots"][0, 0, :3] = torch.tensor([-0.0, 6e4, -(2.0**-20)])
+    assert same_bits(triton(case).output, case.tensors["slots"])
+
+
+def test_an_infinite_slot_stays_infinite_over_chunks(triton, small_tiles):
+    case = make_case(OP, batch=1, heads=1, slots=1, tokens=70, amplitude=0.1, bias=False)
+    case.tensors["slots"][0, 0, 0] = float("inf")
+    assert triton(case).output[0, 0, 0] == float("inf")
+
+
+def test_chunks_may_grow_without_bound(triton, small_tiles, same_bits):
+    case = make_case(OP, batch=1, heads=1, slots=2, tokens=70, width=1, bias=False, temperature=1.0)
+    key = torch.linspace(1, 2, 70).view(1, 1, 70, 1)
+    case = case.replace(query=torch.full((1, 1, 2, 1), 1e30), own_key=torch.ones(1, 1, 2, 1), key=key)
+    assert same_bits(triton(case).output, case.tensors["value"][0, :, -1:].expand(-1, 2, -1))
+
+
+def test_an_empty_batch_gives_zero_gradients_whatever_lay_there(triton, nothing_left_over):
+    assert all(not grad.any() for grad in triton(make_case(OP, batch=0)).grads.values())
+
+
+def test_groups_of_the_batch_are_added_up_in_float32(triton, small_tiles, agree):
+    case = make_case(OP, batch=4, heads=1, slots=1, tokens=1, dtype=torch.float16, masked=1)
+    case, grad = case.map(lambda t: t if t.dim() == 2 else t[:1].expand(t.shape)), cotangent(case)
+    grad[2:] = -grad[:2]  # the groups all but cancel
+    grad[0] += 2**-6
+    agree(triton(case, grad), oracle(case, grad), roundings=triton.roundings)
+
+
 # Is the reference right?
 
 
@@ -308,6 +384,22 @@ def test_layout_of_the_incoming_gradient_does_not_matter(path, layout, bias, agr
     before = storage(grad)
     agree(path(case, grad), path(case, contiguous(grad)))
     assert torch.equal(storage(grad), before)
+
+
+@pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])
+def test_nothing_beside_the_inputs_is_read(triton, small_tiles, beside_no_memory, slots, same_bits):
+    case = make_case(OP, batch=1, heads=1, slots=slots, tokens=5, masked=0.4)
+    grad = cotangent(case)
+    assert same_bits(triton(case.map(beside_no_memory), beside_no_memory(grad)), triton(case, grad))
+
+
+@pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])
+def test_a_row_has_the_same_bits_in_any_batch(triton, small_tiles, slots, same_bits):
+    case = make_case(OP, batch=2, heads=1, slots=slots, tokens=33, masked=0.4)
+    grad = cotangent(case)
+    whole = triton(case, grad).tensors()
+    part = triton(case.map(lambda t: t if t.dim() == 2 and t.is_floating_point() else t[1:]), grad[1:]).tensors()
+    assert all(same_bits(part[name], whole[name][1:]) for name in whole if name != "grad_bias")
 
 
 # Does it refuse well?

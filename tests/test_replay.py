@@ -380,6 +380,13 @@ def test_sparse_gradients_of_an_embedding():
     torch.testing.assert_close(*grads, rtol=5e-6, atol=0)
 
 
+def test_a_gradient_that_is_handed_on_is_not_added_to():
+    """An addition gives both its operands one gradient, in one tensor: the sums must not be made in that."""
+    weight = nn.Parameter(normal(2, WIDTH))
+    case = Case(lambda x, state: (weight + x, state), {"weight": weight}, rows(3, F64), normal(2, WIDTH))
+    assert_equal(gradients(case, "replay"), gradients(case, "bptt"))
+
+
 def test_outputs_may_be_modified_by_the_caller():
     """Losses are often added up in place; strict compares with what the cell returned, not with what became of it."""
     case = recurrence(3, F64)
@@ -693,6 +700,26 @@ def test_each_segment_is_replayed_with_its_own_buffers_any_number_of_times(in_pl
             leaf.grad = None
         loss.backward(retain_graph=True)
         assert_equal({name: leaf.grad for name, leaf in replayed.leaves().items()}, expected)
+
+
+def test_a_buffer_that_a_kept_graph_reads_may_change_between_the_passes():
+    class Cell(Recurrence):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", normal(WIDTH))
+
+        def forward(self, x, state):
+            return super().forward(x * self.mean, state)
+
+    def passes(change):
+        module = Cell()
+        case = Case(module, of_module(module), rows(3, F64), normal(2, WIDTH, needs_grad=True), [module])
+        loss = everything(*memory_replay(module, case.segments, case.state))
+        module.mean.add_(change)
+        loss.backward()
+        return {name: leaf.grad for name, leaf in case.leaves().items()}
+
+    assert_equal(passes(100.0), passes(0.0))
 
 
 def test_a_buffer_that_needs_a_gradient_gets_it():

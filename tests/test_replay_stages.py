@@ -160,6 +160,30 @@ def test_a_captured_rollout_takes_the_groups_of_an_uncaptured_one():
     assert groups[-len(expected) :] == expected and max(expected) > 1
 
 
+def test_a_segment_that_two_parts_read_gets_both_gradients():
+    module = nn.Linear(6, 6, dtype=F64)
+
+    def prepare(segments):
+        return [module(x) for x in segments]
+
+    def advance(x, state):
+        state = torch.tanh(x + state)
+        return state, state
+
+    def readout(features, segments):
+        return [(f * x).sum() for f, x in zip(features, segments, strict=True)]
+
+    cell = StagedCell(advance, prepare=prepare, readout=readout)
+    segments = [normal(2, 6, needs_grad=True, seed=t) for t in range(3)]
+    inputs = {**{f"segment {t}": x for t, x in enumerate(segments)}, **of_module(module)}
+
+    def gradients(method):
+        outputs, _ = memory_replay(cell, segments, torch.zeros(2, 6, dtype=F64), method=method)
+        return dict(zip(inputs, torch.autograd.grad(sum(outputs), inputs.values()), strict=True))
+
+    assert_close(gradients("replay"), gradients("bptt"), 1e-12)
+
+
 def test_with_a_reduction_the_readout_runs_once():
     model, segments = _language_model(4)
     cell, calls = model.cell, []

@@ -252,6 +252,24 @@ def test_nothing_of_a_former_tenant_stays(model, texts, value, same_bits):
     assert same_bits(pool.state(lease), alone.states[0][0])
 
 
+def test_a_read_that_fails_midway_leaves_every_text_as_it_was(model, texts, monkeypatch, same_bits):
+    pool = StreamPool(model, 2, width=1)
+    leases = [pool.open(), pool.open()]
+    before, read, calls = [pool.state(lease) for lease in leases], pool._rows.read_packed, []
+
+    def fail_at_the_second(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("planted")
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(pool._rows, "read_packed", fail_at_the_second)
+    with pytest.raises(RuntimeError, match="planted"):
+        pool.read(leases, [texts[0, :4], texts[1, :4]])
+    assert all(same_bits(pool.state(lease), state) for lease, state in zip(leases, before, strict=True))
+    assert [pool.tokens_read(lease) for lease in leases] == [0, 0]
+
+
 def test_idle_rows_read_a_null_slot_that_nobody_writes(model, texts):
     pool = StreamPool(model, 3)
     leases = [pool.open(wild(pool.state(pool.open()), float("nan"))), pool.open()]

@@ -128,6 +128,15 @@ def test_swapped_tensors_are_not_loaded(path):
         load(path)
 
 
+def test_edited_metadata_is_not_loaded(path, small):
+    raw = path.read_bytes()
+    edited = raw.replace(rb"\"stream\": 5", rb"\"stream\": 6")
+    assert edited != raw
+    path.write_bytes(edited)
+    with pytest.raises(StateFileError, match="damaged: the metadata does not match its SHA-256"):
+        load(path)
+
+
 def test_missing_file_is_named(path):
     with pytest.raises(StateFileError, match=r"state.safetensors: cannot be read: No such file"):
         load(path)

@@ -102,7 +102,7 @@ def _backward_plan(
     strides = query_strides, key_strides, value_strides, mask_strides or (0, 0)
     constants = {"D": D, "BLOCK_D": block_d, "PRECISION": "tf32" if allow_tf32 else "ieee"}
     scales = scale * LOG2_E, scale
-    part_stride = B * slots * H * D
+    part_rows = B * slots * H
     chunk = tiles.token_chunk(L, block_m)
     chunks = -(-L // chunk)
     if block_m < slots:
@@ -119,7 +119,7 @@ def _backward_plan(
         keys = launch.Launcher(
             attention_backward_keys_kernel,
             -(-slots // config["BLOCK_KEYS"]) * chunks * B * H,
-            (grad_strides, *strides, *scales, L, slots, H, chunk, part_stride),
+            (grad_strides, *strides, *scales, L, slots, H, chunk, part_rows),
             ALL_KEYS=mask_strides is None and slots % config["BLOCK_KEYS"] == 0,
             **constants,
             **config,
@@ -129,7 +129,7 @@ def _backward_plan(
     run = launch.Launcher(
         _memory_read_backward_resident_kernel,
         chunks * B * H,
-        (grad_strides, *strides, *scales, L, slots, H, chunk, part_stride),
+        (grad_strides, *strides, *scales, L, slots, H, chunk, part_rows),
         BLOCK_M=block_m,
         ALL_SLOTS=mask_strides is None and slots == block_m,
         WIDE=block_m < 64 <= block_d,

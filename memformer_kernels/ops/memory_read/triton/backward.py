@@ -14,7 +14,7 @@ import triton.language as tl
 from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, store_tile
 
 
-@triton.jit(do_not_specialize=["L", "M", "H", "chunk"])
+@triton.jit(do_not_specialize=["L", "M", "H", "chunk", "part_rows"])
 def _memory_read_backward_resident_kernel(
     grad,  # [B, H, L, D]
     query,  # [B, H, L, D]
@@ -35,7 +35,7 @@ def _memory_read_backward_resident_kernel(
     M,
     H,
     chunk,  # tokens of one program
-    part_stride,  # B * M * H * D
+    part_rows,  # B * M * H
     D: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,8 +54,8 @@ def _memory_read_backward_resident_kernel(
     key = at_head(key, batch, head, key_strides)
     value = at_head(value, batch, head, value_strides)
     grad_query += (batch * L * H + head) * D
-    grad_key += part.to(tl.int64) * part_stride + (batch * M * H + head) * D
-    grad_value += part.to(tl.int64) * part_stride + (batch * M * H + head) * D
+    grad_key += (part.to(tl.int64) * part_rows + batch * M * H + head) * D
+    grad_value += (part.to(tl.int64) * part_rows + batch * M * H + head) * D
 
     slots = tl.arange(0, BLOCK_M)
     visible = None

@@ -182,7 +182,7 @@ def _backward_plan(
         stages["query"] = launch.Launcher(
             attention_backward_rows_kernel,
             -(-M // config["BLOCK_ROWS"]) * chunks * B * H,
-            (du_strides, (0, 0, 0, 0), query_strides, *strides, *scales, M, tokens, H, chunk, B * M * H * D),
+            (du_strides, (0, 0, 0, 0), query_strides, *strides, *scales, M, tokens, H, chunk, B * M * H),
             ALL_KEYS=mask_strides is None and tokens % config["BLOCK_KEYS"] == 0,
             **constants,
             **config,
