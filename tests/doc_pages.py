@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 PROGRAMS = ("memformer-kernels", "python", "torchrun", "make", "pip", "pytest")
-OTHERS = ("cat", "zcat", "jq", "cd")  # which the commands are piped from and to
+OTHERS = ("cat", "zcat", "jq", "cd", "cp")  # which the commands are piped from and to
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -109,6 +109,19 @@ def operations() -> str:
     return _table(("ours / best peer", *titles), rows)
 
 
+def streaming() -> str:
+    """Of each series its first and last length, and whether memory stayed."""
+    content, rows = _result("streaming_h200"), []
+    for read, made in zip(content["reading"], content["decoding"], strict=True):
+        first, *_, last = read["rows"]
+        times = [f"{row['seconds_a_token'] * 1e6:.2f} ({row['tokens']:,} tokens)" for row in (first, last)]
+        memory = f"{last['peak'] / MIB:.0f} MiB{', always' if read['same_bytes'] else ''}"
+        decoded = (f"{made['tokens_a_second_of_a_text'][way]:,.0f}" for way in ("graphs", "calls"))
+        rows.append((read["preset"], read["batch"], *times, memory, *decoded))
+    titles = ("model", "texts side by side", "first", "last", "peak memory", "decoded tokens/s", "without graphs")
+    return _table(titles, rows)
+
+
 def memory_read() -> str:
     return _of_op("memory_read", "ops_h200")
 
@@ -137,9 +150,9 @@ def memory_gain() -> str:
 def contract(with_figures: bool = False) -> str:
     """One line for each guarantee: its promise, and what each report has of it."""
     files = {"CPU": "contract_cpu", "H200": "contract_h200"}
-    reports = {
-        where: _result(name)["guarantees"] for where, name in files.items() if (RESULTS / f"{name}.json").exists()
-    }
+    reports = {where: _result(name)["guarantees"] for where, name in files.items()}
+    replay = [row["ok"] for row in _result("replay_h200")["checks"]]
+    reports["H200"]["G16"] = {"passed": sum(replay), "failed": replay.count(False), "figures": {}}
     rows = []
     for name, promise in PROMISES.items():
         rows.append((name, promise, *(proof(reports.get(where, {}).get(name), with_figures) for where in files)))
@@ -163,7 +176,7 @@ def proof(found: dict | None, with_figures: bool) -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        *(support, rollouts, rollout_runs, paper_replay, replay_memory, operations),
+        *(support, rollouts, rollout_runs, paper_replay, replay_memory, streaming, operations),
         *(memory_read, memory_write, memory_forget, memory_gain, contract, contract_figures),
     )
 }

@@ -80,6 +80,38 @@ def _rollouts(files: dict[str, dict], out: Path) -> Iterable[Part]:
         yield _head(f"Rollouts: {name}", content) + table + _images([picture], out), [picture]
 
 
+def _contract(files: dict[str, dict], out: Path) -> Iterable[Part]:
+    names = list(dict.fromkeys(name for content in files.values() for name in content["guarantees"]))
+    rows = []
+    for name in sorted(names, key=lambda name: int(name[1:])):
+        found = [content["guarantees"].get(name, {"passed": 0, "failed": 0}) for content in files.values()]
+        rows.append((name, *(f"{f['passed']} passed, {f['failed']} failed" for f in found)))
+    yield "## The numerics contract\n\n" + _table(("", *files), rows), []
+
+
+def _streaming(files: dict[str, dict], out: Path) -> Iterable[Part]:
+    for name, content in files.items():
+        rows = []
+        for read, made in zip(content["reading"], content["decoding"], strict=True):
+            longest = read["rows"][-1]
+            times = f"{longest['seconds_a_token'] * 1e6:.2f}", f"{read['slowest_over_fastest']:.3f}"
+            tokens = f"{made['tokens_a_second_of_a_text']['graphs']:,.0f}"
+            same = "yes" if read["same_bytes"] else "no"
+            rows.append((read["preset"], read["batch"], f"{longest['tokens']:,}", *times, same, tokens))
+        header = ("model", "texts", "tokens", "us a token", "slowest over fastest", "same bytes", "decoded tokens/s")
+        yield _head(f"Texts without end: {name}", content) + _table(header, rows), []
+
+
+def _scaling(files: dict[str, dict], out: Path) -> Iterable[Part]:
+    rows = []
+    for name, content in files.items():
+        times = (f"{ranks}: {seconds * 1e3:.1f}" for ranks, seconds in content["step_seconds"].items())
+        figures = content["preset"], content["parallel"], ", ".join(times), f"{content['efficiency']:.3f}"
+        rows.append((name, results.machine(content), *figures))
+    header = ("file", "machine", "model", "by", "ms a step, by ranks", "efficiency")
+    yield "## Many GPUs\n\n" + _table(header, rows), []
+
+
 def _replay_memory(files: dict[str, dict], out: Path) -> Iterable[Part]:
     for name, content in files.items():
         picture = plots.draw_replay_memory(content, out / name / "memory.png")
@@ -146,11 +178,14 @@ def _errors(files: dict[str, dict], out: Path) -> Iterable[Part]:
 SECTIONS: dict[str, Callable[[dict[str, dict], Path], Iterable[Part]]] = {
     "ops": _ops,
     "rollouts": _rollouts,
+    "scaling": _scaling,
+    "streaming": _streaming,
     "replay memory": _replay_memory,
     "memory gain": _memory_gain,
     "forgetting": _forgetting,
     "demo": _demo,
     "errors": _errors,
+    "contract": _contract,
     "checks": _checks,
 }
 

@@ -10,6 +10,9 @@ from memformer_kernels.benchmarking.peers import OURS
 KINDS = {
     "ops": ("rows", "rates"),  # memformer-kernels bench
     "rollouts": ("shapes", "dtype"),  # benchmarks/rollout.py
+    "contract": ("guarantees",),  # make test, tests/gpu/check_contract.py
+    "streaming": ("reading", "decoding"),  # benchmarks/streaming.py
+    "scaling": ("efficiency", "step_seconds"),  # benchmarks/scaling.py
     "replay memory": ("rows", "preset"),  # benchmarks/replay_memory.py
     "memory gain": ("runs", "bits_per_byte"),  # benchmarks/memory_gain.py
     "forgetting": ("half_life", "recall"),  # benchmarks/forgetting.py

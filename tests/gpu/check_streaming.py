@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/gpu/check_streaming.py --out /tmp/report
 
-Prints a line a check, ends with 1 if one failed, and writes streaming.json. Without a GPU nothing is recorded: it goes
+Prints a line a check, ends with 1 if one failed, and writes stream_checks.json. Without a GPU nothing is recorded: it goes
 through the checks' own code, but for those of the GPU's memory.
 """
 
@@ -221,7 +221,7 @@ def changes(make, dtype, text) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of streaming.json")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of stream_checks.json")
     out = parser.parse_args().out
     if not GPU:
         print("no GPU: nothing is recorded, and the checks compare each step with itself")
@@ -239,7 +239,7 @@ def main() -> None:
                 checks.append(row)
     report = {"gpu": torch.cuda.get_device_name() if GPU else None, "torch": torch.__version__, "checks": checks}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "streaming.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "stream_checks.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"{sum(row['ok'] for row in checks)} of {len(checks)} ok, {time.perf_counter() - started:.0f} s")
     raise SystemExit(not all(row["ok"] for row in checks))
 
