@@ -142,7 +142,7 @@ def test_the_model_begins_with_its_own_memory():
         dict(attend_self=True),
         dict(kv_mask=torch.arange(5) > 1),
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_attention_in_a_model_of_ones_own(call):
     """Whatever the package's attention can be called with, the accelerated one can."""

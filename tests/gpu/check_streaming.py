@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python tests/gpu/check_streaming.py --out /tmp/report
 
-Prints a line a check, ends with 1 if one failed, and writes stream_checks.json. Without a GPU nothing is recorded: it goes
-through the checks' own code, but for those of the GPU's memory.
+Prints a line a check, ends with 1 if one failed, and writes stream_checks.json. Without a GPU nothing is recorded: it
+goes through the checks' own code, but for those of the GPU's memory.
 """
 
 import argparse
