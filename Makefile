@@ -10,7 +10,7 @@ demo: $(VENV)/cli
 	$(BIN)/memformer-kernels demo
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist loadfile --contract contract.json
+	$(BIN)/python -m pytest -n auto --dist loadfile --contract=contract.json
 
 # Extras are installed once, and again when the build files change. The constraints pin what CI runs.
 $(VENV)/cli $(VENV)/test: $(VENV)/%: pyproject.toml setup.py constraints.txt

@@ -20,11 +20,13 @@ torch.manual_seed(0)
 text = Text.read(options.paths)
 model = MemformerLM(MemformerLMConfig(width=64, heads=2, hidden=256, layers=2, slots=16, segment_length=32)).to(device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-lanes = Lanes(text.train.to(device), 16, model.config.segment_length)  # 16 places of the text, read side by side
+lanes = Lanes(text.train.to(device), 16)  # 16 places of the text, read side by side
 memory = model.initial_memory(16)
 
 for step in range(1, options.steps + 1):
-    segments = lanes.rollout(8)  # the next 8 segments of each lane; gradients go through all of them
+    segments = lanes.rollout(
+        8, model.config.segment_length
+    )  # the next 8 of each lane; gradients go through all of them
     loss, memory = memory_replay(model.cell, segments, memory, reduction="mean")
     optimizer.zero_grad()
     loss.backward()

@@ -7,20 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Count:
     """Bytes that graphs made in a block hold, each storage once, without those of known tensors."""
 
     def __init__(self, known: Sequence[Tensor]):
-        self.bytes = 0
-        self._seen = {_storage(t) for t in known if t.layout == torch.strided}
+        self._known = {_address(t) for t in known if t.layout == torch.strided}
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}  # by address, which another may have had before
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for storage, size in self._held.values() if not storage.expired())
 
     def add(self, tensor: Tensor) -> Tensor:
         if tensor.layout == torch.strided and not isinstance(tensor, torch.nn.Parameter):
-            if (storage := _storage(tensor)) not in self._seen:
-                self._seen.add(storage)
-                self.bytes += tensor.untyped_storage().nbytes()
+            if (address := _address(tensor)) not in self._known:
+                storage = tensor.untyped_storage()
+                self._held[address] = StorageWeakRef(storage), storage.nbytes()
         return tensor.detach()  # an output saved as it is would keep its own graph alive
 
 
@@ -80,5 +85,5 @@ def budget_in_bytes(given: int | float | None, devices: Sequence[torch.device]) 
     return int(given * free)
 
 
-def _storage(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
