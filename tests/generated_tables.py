@@ -159,6 +159,12 @@ def contract(with_figures: bool = False) -> str:
     return _table(("", "we guarantee", *files), rows)
 
 
+def mutants() -> str:
+    found = _result("mutants")
+    rows = [*found["by_part"].items(), ("together", found["planted"]), ("found by the tests", found["killed"])]
+    return _table(("faults planted in", ""), rows)
+
+
 def contract_figures() -> str:
     return contract(with_figures=True)
 
@@ -177,7 +183,7 @@ TABLES = {
     f.__name__: f
     for f in (
         *(support, rollouts, rollout_runs, paper_replay, replay_memory, streaming, operations),
-        *(memory_read, memory_write, memory_forget, memory_gain, contract, contract_figures),
+        *(memory_read, memory_write, memory_forget, memory_gain, contract, contract_figures, mutants),
     )
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)

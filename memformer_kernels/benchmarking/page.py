@@ -89,6 +89,11 @@ def _contract(files: dict[str, dict], out: Path) -> Iterable[Part]:
     yield "## The numerics contract\n\n" + _table(("", *files), rows), []
 
 
+def _mutants(files: dict[str, dict], out: Path) -> Iterable[Part]:
+    rows = [(n, c["planted"], c["killed"], ", ".join(c["survivors"]) or "-") for n, c in files.items()]
+    yield "## Planted faults\n\n" + _table(("file", "planted", "found by the tests", "not found"), rows), []
+
+
 def _streaming(files: dict[str, dict], out: Path) -> Iterable[Part]:
     for name, content in files.items():
         rows = []
@@ -186,6 +191,7 @@ SECTIONS: dict[str, Callable[[dict[str, dict], Path], Iterable[Part]]] = {
     "demo": _demo,
     "errors": _errors,
     "contract": _contract,
+    "mutants": _mutants,
     "checks": _checks,
 }
 

@@ -11,6 +11,7 @@ KINDS = {
     "ops": ("rows", "rates"),  # memformer-kernels bench
     "rollouts": ("shapes", "dtype"),  # benchmarks/rollout.py
     "contract": ("guarantees",),  # make test, tests/gpu/check_contract.py
+    "mutants": ("planted", "killed"),  # tests/mutants
     "streaming": ("reading", "decoding"),  # benchmarks/streaming.py
     "scaling": ("efficiency", "step_seconds"),  # benchmarks/scaling.py
     "replay memory": ("rows", "preset"),  # benchmarks/replay_memory.py
