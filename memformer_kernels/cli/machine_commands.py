@@ -79,8 +79,9 @@ def check(
 ) -> None:
     """Holds each op, backend and dtype to float64: relative errors of the output and of every gradient.
 
-    A line an op, backend and dtype: the largest error of the output, that of the worst gradient and its name, and the
-    limit for both, which follows from the dtype's rounding. Exit code 1 if one is above its limit.
+    A line an op, backend and dtype: the largest error of the output, that of the worst gradient and its name, the limit
+    for both, which follows from the dtype's rounding, and the largest error of an element over what error_bound allows
+    it. Exit code 1 if one is above its limit, or an element above 1.
 
     [bold]Examples[/]
 
