@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import triton
 import triton_contract
-from processes import jobs, run_checks, run_here
+from processes import jobs, run_checks, run_here, tell
 
 CHECKS = {check.name: check for check in triton_contract.CHECKS}
 
@@ -107,12 +107,9 @@ def main():
 
     results = run_checks(__file__, checks, options.device, options.jobs or jobs(options.device), options.limit, write)
     write(results)
-    failed = [name for name, result in results.items() if not result["passed"]]
-    skipped = [name for name, result in results.items() if "skipped" in result]
-    passed = len(results) - len(failed) - len(skipped)
-    print(f"\n{passed} passed, {len(skipped)} skipped, {len(failed)} failed {'; '.join(failed)}")
+    right = tell(results)
     print(f"{time.perf_counter() - start:.0f} s")
-    sys.exit(bool(failed))
+    sys.exit(not right)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import triton_accuracy
 import triton_machine
 import triton_sanitizer
 import triton_values
-from processes import jobs, run_checks, run_here
+from processes import jobs, run_checks, run_here, tell
 
 CHECKS = {
     check.name: check
@@ -75,12 +75,9 @@ def main():
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "triton_checks.json").write_text(json.dumps(report, indent=2) + "\n")
-    failed = [name for name, result in results.items() if not result["passed"]]
-    skipped = [name for name, result in results.items() if "skipped" in result]
-    passed = len(results) - len(failed) - len(skipped)
-    print(f"\n{passed} passed, {len(skipped)} skipped, {len(failed)} failed {'; '.join(failed)}")
+    right = tell(results)
     print(f"{report['seconds']} s on {report['gpu']}, torch {report['torch']}, triton {report['triton']}")
-    sys.exit(bool(failed))
+    sys.exit(not right)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,15 @@ def run_in_process(script, checks, names, device, limit_s, report):
         report(waiting[0], {"passed": False, "error": error})
 
 
+def tell(results):
+    """How many passed, and which did not; whether none failed."""
+    failed = [name for name, result in results.items() if not result["passed"]]
+    skipped = [name for name, result in results.items() if "skipped" in result]
+    passed = len(results) - len(failed) - len(skipped)
+    print(f"\n{passed} passed, {len(skipped)} skipped, {len(failed)} failed {'; '.join(failed)}")
+    return not failed
+
+
 def run_checks(script, checks, device, jobs, limit_s, write=lambda results: None):
     """The results of all checks, by name; one line each as it finishes, and what is there handed to `write`."""
     results, groups, one_at_a_time = {}, {}, threading.Lock()
