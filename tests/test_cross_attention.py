@@ -181,21 +181,9 @@ def test_it_compiles():
 def test_an_encoder_decoder_of_transformers(reads):
     """BART from a configuration: its decoder's attention to a short source, by the package's own registry."""
     transformers = pytest.importorskip("transformers")
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+    from memformer_kernels.integrations.transformers import register
 
-    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **options):
-        if module.is_causal and query.shape[2] == key.shape[2]:
-            return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
-        return cross_attention(query, key, value, mask, dropout, scale=scaling).transpose(1, 2), None
-
-    def mask(*, q_length, mask_function, **options):
-        """Of one row where all queries see the same, which the package writes out for every query."""
-        rows = 1 if mask_function is bidirectional_mask_function else q_length
-        return sdpa_mask(q_length=rows, mask_function=mask_function, **options)
-
-    transformers.AttentionInterface.register("memformer_kernels", attention)
-    transformers.AttentionMaskInterface.register("memformer_kernels", mask)
+    name = register()
     sizes = dict(d_model=32, vocab_size=50, max_position_embeddings=32, dropout=0.0, attention_dropout=0.0)
     sizes |= dict(encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
     sizes |= dict(encoder_ffn_dim=64, decoder_ffn_dim=64)
@@ -211,7 +199,7 @@ def test_an_encoder_decoder_of_transformers(reads):
         return output.detach(), *(p.grad for p in model.parameters())
 
     for given in (None, source_mask):
-        for ours, theirs in zip(results("memformer_kernels", given), results("sdpa", given), strict=True):
+        for ours, theirs in zip(results(name, given), results("sdpa", given), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     # in the encoder's layer and in both of the decoder's, without a mask and with one
     assert [options["slot_mask"] is not None for _, options in reads] == [False] * 3 + [True] * 3

@@ -61,7 +61,7 @@ def test_the_benchmark_checks_equality_on_a_cpu(tmp_path):
     pytest.importorskip("memformer")
     if torch.cuda.is_available():
         pytest.skip("takes minutes on a GPU")
-    said = run("benchmarks/accelerate.py", "--out", tmp_path / "figures.json")
+    said = run("benchmarks/accelerate_memformer.py", "--out", tmp_path / "figures.json")
     assert said.startswith("a CPU: nothing is measured, equality is checked\n")
     (tiny,) = json.loads((tmp_path / "figures.json").read_text())["shapes"].values()
     assert tiny["rows"] == [] and all(errors["equal"] for errors in tiny["equality"].values())

@@ -1,7 +1,7 @@
 """The PyPI package memformer before and after `accelerate`: time, peak memory and equality of results.
 
-    python benchmarks/accelerate.py --out accelerate.json
-    python benchmarks/accelerate.py --shapes readme --dtypes bfloat16
+    python benchmarks/accelerate_memformer.py --out accelerate_h200.json
+    python benchmarks/accelerate_memformer.py --shapes readme --dtypes bfloat16
 
 A segment: forward and backward of the model with a target, from a given memory; the package's code, that by
 `torch.compile`, accelerated, and that compiled. A document: memory replay of segments with a target after the last one,
@@ -89,13 +89,15 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if GPU else platform.processor() or "CPU"
     if not GPU:
         print("a CPU: nothing is measured, equality is checked")
-    report = {"machine": machine, "torch": torch.__version__, "memformer": "0.3.1", "shapes": {}}
-    report["command"] = "python benchmarks/accelerate.py " + " ".join(sys.argv[1:])
+    report = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"shapes": {}}
+    report |= {"machine": machine, "torch": torch.__version__, "memformer": "0.3.1"}
+    asked = f"--shapes {','.join(names)} --dtypes {options.dtypes} --repeats {options.repeats}"
+    command = {"command": f"python benchmarks/accelerate_memformer.py {asked}" + f" --skip {options.skip}" * bool(options.skip)}
     equal = True
     for name in names:
         shape = SHAPES[name]
         print(f"\n{name}: {dataclasses.asdict(shape)}", flush=True)
-        report["shapes"][name] = about = {"shape": dataclasses.asdict(shape), "equality": {}, "rows": []}
+        report["shapes"][name] = about = {"shape": dataclasses.asdict(shape), **command, "equality": {}, "rows": []}
         for dtype in options.dtypes.split(",") if GPU else ("float64", "float32"):
             about["equality"][dtype] = errors = equality(shape, dtype)
             equal &= errors["equal"]
@@ -245,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of what is measured")
     parser.add_argument("--skip", help="leave out runs whose name contains this, such as compiled")
     parser.add_argument("--repeats", type=int, default=10, help="runs timed, default 10")
-    parser.add_argument("--out", type=Path, help="write the figures here")
+    parser.add_argument("--out", type=Path, help="write the figures here, in the place of those of the same shapes")
     return parser
 
 
