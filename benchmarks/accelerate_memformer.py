@@ -92,7 +92,8 @@ def main() -> None:
     report = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"shapes": {}}
     report |= {"machine": machine, "torch": torch.__version__, "memformer": "0.3.1"}
     asked = f"--shapes {','.join(names)} --dtypes {options.dtypes} --repeats {options.repeats}"
-    command = {"command": f"python benchmarks/accelerate_memformer.py {asked}" + f" --skip {options.skip}" * bool(options.skip)}
+    asked += f" --skip {options.skip}" if options.skip else ""
+    command = {"command": f"python benchmarks/accelerate_memformer.py {asked}"}
     equal = True
     for name in names:
         shape = SHAPES[name]

@@ -297,15 +297,14 @@ def test_autocast_may_change_between_calls(model, text, recorded, same_bits):
         assert same_bits(trained, model.start(B).read(text))
 
 
-def test_a_stream_opened_under_autocast(model, monkeypatch):
-    """Where the memory may be wider than the weights."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_initial_memory_is_rounded_once_to_the_models_dtype(model, autocast):
+    """Under autocast a norm may be in float32, and what begins there must be what begins elsewhere."""
+    unit = torch.nn.functional.normalize(model.write.bias.detach().bfloat16().float(), dim=-1).bfloat16()
     model.to(torch.bfloat16)
-    initial = type(model).initial_memory
-    monkeypatch.setattr(type(model), "initial_memory", lambda self, batch: initial(self, batch).float())  # as on a GPU
-    texts = model.start(B)
-    texts.reset()
-    assert texts.memory.dtype == torch.float32
-    texts.state()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        memory = model.start(B).memory
+    assert memory.dtype == torch.bfloat16 and torch.equal(memory, unit.expand(B, -1, -1))
 
 
 def test_streams_in_inference_mode_go_on_outside(model, text, same_bits):

@@ -54,8 +54,7 @@ class Stream:
 
     A text's results depend on its tokens alone: not on the pieces that they come in, nor on the texts beside it.
 
-    The state keeps the dtype that it was opened with: autocast has it wider. What is computed follows the autocast of
-    each call.
+    The state has the model's dtype. What is computed follows the autocast of each call.
 
     The model may be trained in place, and later reads see it. Where its parameters were replaced, the steps are
     recorded anew; where they have another device or dtype, calls raise.
@@ -69,7 +68,7 @@ class Stream:
         self._length = model.config.segment_length
         self._state = {name: t.detach().clone() for name, t in model.initial_state(batch).items()}
         self.memory = self._state["memory"]
-        self.device, self._dtype = self.memory.device, model.write.bias.dtype  # autocast has the memory wider
+        self.device, self._dtype = self.memory.device, self.memory.dtype
         self._tokens = torch.zeros(batch, self._length, dtype=torch.long, device=self.device)
         # logits of the token after the last full segment; before the first one, all tokens are equally likely
         self._next = self.memory.new_zeros(batch, model.config.vocabulary)
