@@ -5,7 +5,8 @@
 The paper's sizes in bfloat16, 1 and 16 texts side by side. A series reads one text on and on, 4,096 tokens a call, and
 is measured between lengths that grow by four: a model of linear time and constant memory takes the same time for every
 token, and holds the same bytes. Each series stops at 4 M tokens, or before the length for which its share of
-`--seconds` is too short. The clock starts after a second of reading: an idle GPU has to reach its clock rate.
+`--seconds` is too short. The GPU's own clock is read between calls, after a second of reading and without a pause: an
+idle GPU has to reach its clock rate, and the first call of a text waits for nobody but the host.
 Decoding is greedy, with the steps as CUDA graphs and with the same steps called one by one. Writes streaming.json and
 streaming.png.
 
@@ -49,6 +50,7 @@ def main() -> None:
     )
     print(f"on {machine}; torch {torch.__version__}")
     report = {"machine": machine, "torch": torch.__version__, "dtype": "bfloat16", "reading": [], "decoding": []}
+    report["command"] = f"python benchmarks/streaming.py --seconds {options.seconds:g}"
     for i, (preset, batch) in enumerate(SERIES):
         model, seconds = make(preset), (options.seconds - (time.perf_counter() - started)) / (len(SERIES) - i)
         about = {"preset": preset, "config": dataclasses.asdict(model.config), "batch": batch}
@@ -79,17 +81,23 @@ def reading(model, batch: int, seconds: float) -> dict:
     while now() < warm:
         texts.read(tokens)
     texts.reset()
-    rows, before, started = [], 0, now()
+    if GPU:
+        torch.cuda._sleep(2 * 10**7)  # cycles, in which the host gets ahead
+    rows, marks, read, started = [], [mark()], 0, time.perf_counter()
     for length in LENGTHS:
-        if rows and now() - started + rows[-1]["seconds_a_token"] * (length - before) > seconds:
+        elapsed = time.perf_counter() - started
+        if read and elapsed * length / read > seconds:
             break
         if GPU:
             torch.cuda.reset_peak_memory_stats()
-        since = now()
-        for _ in range((length - before) // CALL):
+        for _ in range((length - read) // CALL):
             texts.read(tokens)
-        rows.append({"tokens": length, "seconds_a_token": (now() - since) / (length - before), **held()})
-        before = length
+        rows.append({"tokens": length, **held()})
+        marks.append(mark())
+        read = length
+    now()
+    for row, last, since, until in zip(rows, [0, *LENGTHS], marks, marks[1:], strict=False):
+        row["seconds_a_token"] = between(since, until) / (row["tokens"] - last)
     times = [row["seconds_a_token"] for row in rows]
     bytes_held = {tuple(row[name] for name in held()) for row in rows}
     return {"rows": rows, "slowest_over_fastest": max(times) / min(times), "same_bytes": len(bytes_held) == 1}
@@ -112,6 +120,19 @@ def now() -> float:
     if GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def mark() -> torch.cuda.Event | float:
+    """A point in the GPU's time, without waiting for it."""
+    if not GPU:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(since: torch.cuda.Event | float, until: torch.cuda.Event | float) -> float:
+    return since.elapsed_time(until) / 1e3 if GPU else until - since
 
 
 def held() -> dict:
