@@ -1,7 +1,8 @@
 """How Triton kernels are launched, and which calls they can take."""
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -68,8 +69,8 @@ def forget_plans() -> None:
 
 
 class Launcher:
-    """A kernel with everything but its tensors fixed. Calling it with them launches it, on their device and its current
-    stream.
+    """A kernel with everything but its tensors fixed. Calling it with them, or tuples of them, launches it, on their
+    device and its current stream.
 
     Triton's own call looks at every argument each time, to find the variant to run. Here the variant is known but for
     one thing, whether the tensors are aligned to 16 bytes: for those that are, it is looked up once.
@@ -82,24 +83,37 @@ class Launcher:
         names = getattr(kernel, "arg_names", ())
         self._all_arguments = (*arguments, *(constants[name] for name in names if name in constants))
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        index = tensors[0].get_device()
+    def __call__(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
+        first = tensors[0]
+        index = (first[0] if type(first) is tuple else first).get_device()
         if index < 0 or index == torch._C._cuda_getDevice():
             self._launch(tensors, index)
         else:
             with torch.cuda.device(index):
                 self._launch(tensors, index)
 
-    def _launch(self, tensors: tuple[Tensor | None, ...], index: int) -> None:
+    def _launch(self, tensors: tuple, index: int) -> None:
         if self._aligned is not None:
-            pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-            bits = 0
-            for pointer in pointers:
-                if pointer is not None:
-                    bits |= pointer
+            bits, pointers = 0, []
+            for tensor in tensors:
+                if type(tensor) is tuple:
+                    pointer = tuple(t.data_ptr() for t in tensor)
+                    bits |= functools.reduce(operator.or_, pointer)
+                else:
+                    pointer = None if tensor is None else tensor.data_ptr()
+                    bits |= pointer or 0
+                pointers.append(pointer)
             if bits % 16 == 0:
                 self._aligned(*pointers, *self._all_arguments, stream=torch._C._cuda_getCurrentRawStream(index))
                 return
         compiled = self.kernel[(self.programs,)](*tensors, *self.arguments, **self.constants)
-        if index >= 0 and all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors):
+        if index >= 0 and all(t.data_ptr() % 16 == 0 for t in _flat(tensors)):
             self._aligned = compiled[(self.programs, 1, 1)]
+
+
+def _flat(tensors: tuple) -> Iterator[Tensor]:
+    for tensor in tensors:
+        if isinstance(tensor, tuple):
+            yield from tensor
+        elif tensor is not None:
+            yield tensor

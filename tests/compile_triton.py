@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memformer_kernels import launch, tiles
-from memformer_kernels.layers.fused import segment_attention
+from memformer_kernels.layers.fused import grouped, segment_attention
 from memformer_kernels.layers.fused import triton as fused
 from memformer_kernels.ops.memory_forget import triton as forget
 from memformer_kernels.ops.memory_read import triton as read
@@ -128,7 +128,7 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
         write.backward(memory, *write_call, *saved, 0.125, 1e-12, allow_tf32)
 
     rows, weight = memory.flatten(0, 1), torch.empty(H * D, dtype=dtype)
-    of_rows = torch.empty(B * M)
+    of_rows, of_columns = torch.empty(B * M), torch.empty(H * D)
     segment, projected = min(L, 128), torch.empty(B * min(L, 128), 3 * H * D, dtype=dtype)
     pieces = {
         "self-attention forward": lambda: segment_attention.forward(projected, segment, H, True),
@@ -136,12 +136,16 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
             projected[:, : H * D].contiguous(), projected, segment, H, True
         ),
     }
+    if dtype.itemsize == 2:
+        products = [(rows, rows, torch.empty(H * D, H * D))] * 2
+        pieces["grouped products"] = lambda: grouped.products(products)
     return (pieces if segment_attention.fits(segment, D, dtype) else {}) | {
         "residual_norm forward": lambda: fused.residual_norm_forward(rows, rows, weight, weight, 1e-5, dtype, True),
         "residual_norm backward": lambda: fused.residual_norm_backward(
             rows, rows, rows, of_rows, of_rows, weight, weight, True
         ),
         "column sums": lambda: fused.column_sums(rows[:, None], None),
+        "grouped column sums": lambda: grouped.column_sums([(rows, of_columns), (rows, of_columns)]),
         "gelu forward": lambda: fused.gelu_forward(rows),
         "gelu backward": lambda: fused.gelu_backward(rows, rows, True),
         "memory_read forward": lambda: read.forward(*read_call, *options, True),

@@ -18,7 +18,7 @@ SHARED_MEMORY = {
 }  # KiB a program may have (CUDA C++ Programming Guide, compute capabilities)
 TENSOR_MEMORY = 512  # columns, of compute capability 10.0
 PRODUCTS = ("memory_read", "memory_write_forward_attend", "memory_write_backward_resident", "attention_backward")
-PRODUCTS += ("segment_attention",)
+PRODUCTS += ("segment_attention", "grouped_products")
 
 
 @pytest.fixture(scope="module", params=sorted(SHARED_MEMORY))
@@ -56,6 +56,8 @@ def test_every_kernel_is_compiled(kernels):
         "residual_norm_forward_kernel",
         "residual_norm_backward_kernel",
         "column_sums_kernel",
+        "grouped_column_sums_kernel",
+        "grouped_products_kernel",
         "gelu_forward_kernel",
         "gelu_backward_kernel",
     }
@@ -73,9 +75,9 @@ def spill_limit(row):
     constants = row["constants"]
     if not multiplies(row):
         return 64
-    if constants["BLOCK_D"] == 256:
+    if constants.get("BLOCK_D") == 256:
         return 448
-    return 832 if constants["BLOCK_D"] == constants.get("BLOCK_M") == 128 else 192
+    return 832 if constants.get("BLOCK_D") == constants.get("BLOCK_M") == 128 else 192
 
 
 def test_kernels_live_in_registers(kernels):
@@ -88,7 +90,7 @@ def test_16_bit_products_run_on_the_matrix_units_and_float32_ones_do_not(kernels
     for row in kernels:
         if multiplies(row) and row["dtype"] == "bfloat16":
             assert row["wgmma"] or row["mma"], row
-            tile = row["constants"].get("BLOCK_L", 0) or row["constants"]["BLOCK_KEYS"]
+            tile = next(row["constants"][t] for t in ("BLOCK_L", "BLOCK_KEYS", "BLOCK_R") if t in row["constants"])
             if row["architecture"] == 90 and min(row["M"], row["D"], tile) >= 64:  # a wgmma has 64 rows
                 assert row["wgmma"], row
         elif not row["allow_tf32"]:

@@ -7,8 +7,8 @@ needs its input and two numbers a row, that of a GELU its input. Gradients of pa
 import torch
 from torch import Tensor
 
-from memformer_kernels.gradient_sink import deliver
-from memformer_kernels.layers.fused import segment_attention
+from memformer_kernels.gradient_sink import deliver, put_off
+from memformer_kernels.layers.fused import grouped, segment_attention
 from memformer_kernels.layers.fused import triton as kernels
 from memformer_kernels.ops.library import refuse_double_backward
 
@@ -141,7 +141,7 @@ def _of_norm(weight: Tensor, bias: Grad, partial: Tensor) -> tuple[Grad, Grad]:
     wanted = _wanted(weight), _wanted(bias)
 
     def make(totals: list[Grad]) -> tuple[Grad, ...]:
-        sums = kernels.column_sums(partial, *totals)
+        sums = _column_sums(partial, *totals)
         return tuple(grad if want else None for grad, want in zip(sums, wanted, strict=True))
 
     return deliver((weight, bias), make) if any(wanted) else (None, None)
@@ -155,7 +155,7 @@ def _of_parameters(ctx, grad: Tensor, x: Tensor) -> tuple[Grad, Grad]:
 
     def make(totals: list[Grad]) -> tuple[Grad, Grad]:
         of_weight = _product(grad, x, totals[0]) if _wanted(weight) else None
-        return of_weight, kernels.column_sums(grad[:, None], totals[1])[0] if _wanted(bias) else None
+        return of_weight, _column_sums(grad[:, None], totals[1])[0] if _wanted(bias) else None
 
     return deliver((weight, bias), make)
 
@@ -168,10 +168,22 @@ def _product(grad: Tensor, x: Tensor, total: Grad) -> Grad:
     """grad' x; with a total it is added to that, in the product's own float32 sums where PyTorch can."""
     if total is None:
         return grad.t() @ x
-    if grad.dtype == total.dtype:
+    if grouped.product_takes(grad, x, total):
+        put_off(grouped.products, grad, x, total)
+    elif grad.dtype == total.dtype:
         total.addmm_(grad.t(), x)
     elif grad.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         torch.ops.aten.addmm.dtype_out(total, grad.t(), x, total.dtype, out=total)
     else:
         total += grad.t() @ x
     return None
+
+
+def _column_sums(terms: Tensor, *totals: Grad) -> tuple[Grad, ...]:
+    """Of terms [rows, n, C] the n sums over rows; where there is a total they are added to that."""
+    if not grouped.sums_take(terms, totals):
+        return kernels.column_sums(terms, *totals)
+    for i, total in enumerate(totals):
+        if total is not None:
+            put_off(grouped.column_sums, terms[:, i], total)
+    return (None,) * len(totals)
