@@ -18,7 +18,7 @@ Run = Callable[[Sequence[tuple[Tensor, ...]]], None]
 Make = Callable[[list[Tensor | None]], Gradients]  # adds a gradient to its total, or returns it where that is None
 
 MOST_PROBLEMS = 32  # at once: pointers are parameters of a kernel, which may have 4 KiB of them
-MOST_BYTES = 2**25  # of tensors that wait
+MOST_BYTES = 2**26  # of tensors that wait
 
 
 class Sink(Protocol):

@@ -139,8 +139,7 @@ def _replay(
         captured, modules, cell = None if strict or random_sources else cell, cell.modules, cell.cell
     else:
         modules = modules_of(cell)
-    inputs = [t for tree in (*segments, state) for t in Tree.of(tree).tensors()]
-    surroundings = Surroundings.of(modules, inputs, random_sources)
+    surroundings = Surroundings.of(modules, Tree.of((segments, state)).tensors(), random_sources)
     parameters = surroundings.modules.parameters()
     budget = budget_in_bytes(activation_budget, surroundings.devices)
     # a gradient scaler's factor arrives with the backward, too late for a gradient in float16 that is made before

@@ -8,6 +8,7 @@ than one graph should be is a rollout of rollouts: of all but the last the forwa
 import dataclasses
 import functools
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,7 +197,8 @@ class _Capture:
         self.leaves: list[Tensor] = []  # aliases of parameters, and other leaves in use
         self.needs_grad: list[bool] = []
         self.random: GraphRandom | None = None
-        self._arguments = arguments.replace([as_leaf(t.clone(), t.requires_grad) for t in arguments.tensors()])
+        self._inputs = _Inputs(arguments.tensors())
+        self._arguments = arguments.replace(self._inputs.tensors)
         self._grads: list[Tensor | None] = []
         self._passes: Passes | None = None
         self._sizes: dict[str, int] = {}  # graphs hold a little more in a capture, which must not change the groups
@@ -224,7 +226,7 @@ class _Capture:
         return result.replace(copies), began
 
     def run_again(self, arguments: Tree, began: tuple | None) -> Tree:
-        _copy(arguments.tensors(), self._arguments.tensors())
+        self._inputs.copy(arguments.tensors())
         if self.random is not None:
             self.random.go_to(began)
         self.store.pending = object()
@@ -310,6 +312,29 @@ class _Capture:
             if versions_of(modules.buffers()) != buffers:
                 raise NotCapturable("it changes a buffer of a module")
             return not all(map(torch.equal, (cpu, *others), (cpu_after, *others_after))), calls
+
+
+class _Inputs:
+    """Tensors that stay, of the shapes of given ones: those of one shape and dtype lie side by side, so that one launch
+    fills them."""
+
+    def __init__(self, given: Sequence[Tensor]):
+        alike = defaultdict(list)
+        for i, t in enumerate(given):
+            alike[t.shape, t.dtype].append(i)
+        places: dict[int, Tensor] = {}
+        self._stacks = []
+        for (shape, dtype), indices in alike.items():
+            stack = torch.empty(len(indices), *shape, dtype=dtype, device=given[indices[0]].device)
+            places |= zip(indices, stack.unbind(), strict=True)
+            self._stacks.append((indices, stack))
+        self.tensors = [as_leaf(places[i], t.requires_grad) for i, t in enumerate(given)]
+        self.copy(given)
+
+    @torch.no_grad()
+    def copy(self, given: Sequence[Tensor]) -> None:
+        for indices, stack in self._stacks:
+            torch.stack([given[i] for i in indices], out=stack)
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
