@@ -4,6 +4,7 @@ Three models at equal parameters, data and steps, over several seeds. Only the t
 trained with memory suffers when it is taken away, which shows that it uses it.
 
     python benchmarks/memory_gain.py --recipe L32 --device cpu --jobs 2 --out memory_gain_L32.json
+    python benchmarks/memory_gain.py --recipe L128 --jobs 2  # of two GPUs, each takes one job
 
 What helped and what did not, in finding the recipes, stands in docs/memory_gain.md.
 """
@@ -37,10 +38,15 @@ RECIPES = {
         Settings(steps=1400, batch=16, horizons=(6,), learning_rate=2e-3, method="bptt"),
     ),
     "L128": (
-        MemformerLMConfig(slots=64, segment_length=128),
-        Settings(steps=4000, batch=32, horizons=(4,), learning_rate=2e-3, method="bptt"),
+        MemformerLMConfig(width=256, heads=8, hidden=1024, layers=4, slots=64, segment_length=128),
+        Settings(steps=8000, batch=32, horizons=(4,), restart=0.03, learning_rate=1e-3, precision="bfloat16"),
     ),
 }
+
+
+def take_gpu(numbers: multiprocessing.Queue) -> None:
+    """Of a worker, for all its jobs."""
+    torch.cuda.set_device(numbers.get())
 
 
 def one(recipe: str, seed: int, twin: bool, device_name: str, threads: int) -> dict:
@@ -49,6 +55,8 @@ def one(recipe: str, seed: int, twin: bool, device_name: str, threads: int) -> d
     config, settings = RECIPES[recipe]
     settings = replace(settings, seed=seed, twin=twin)
     device, text = torch.device(device_name), Text.read()
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     trainer = Trainer(config, settings, TextTask(text, settings.batch, config.segment_length, device), device)
 
     def report(row: dict) -> None:
@@ -102,7 +110,13 @@ def main() -> None:
         "settings": asdict(settings),
     }
     rows = []
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    numbers, take = context.Queue(), {}
+    if on_gpu:
+        for job in range(options.jobs):
+            numbers.put(job % torch.cuda.device_count())
+        take = {"initializer": take_gpu, "initargs": (numbers,)}
+    with ProcessPoolExecutor(options.jobs, mp_context=context, **take) as pool:
         jobs = [
             pool.submit(one, options.recipe, seed, twin, options.device, options.threads)
             for seed in options.seeds
