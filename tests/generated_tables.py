@@ -122,6 +122,26 @@ def streaming() -> str:
     return _table(titles, rows)
 
 
+def accelerated() -> str:
+    """Of each shape and dtype, the ways to run a segment and a document."""
+    rows = []
+    for name, part in _result("accelerate_h200")["shapes"].items():
+        for dtype in dict.fromkeys(row["dtype"] for row in part["rows"]):
+            runs = [row for row in part["rows"] if row["dtype"] == dtype]
+            rows += [(name, dtype, run["run"], _ms(run["ms"]), f"{run['peak_MiB']:.0f}") for run in runs if "ms" in run]
+    return _table(("shape", "dtype", "run", "ms", "peak MiB"), rows)
+
+
+def cross_attention() -> str:
+    content, rows = _result("cross_attention_h200"), []
+    for row in content["attention"] + content["bart"]:
+        figures = [f"{row[name][ms]:.3f}" for ms in ("ms", "wall_ms") for name in ("sdpa", "cross_attention")]
+        what = "BART" if "model" in row["pass"] else "alone"
+        rows.append((what, row["keys"], row["pass"].removesuffix(" of the model"), *figures))
+    titles = "", "keys", "pass", "SDPA: device ms", "cross_attention", "SDPA: ms as Python sees it", "cross_attention"
+    return _table(titles, rows)
+
+
 def memory_read() -> str:
     return _of_op("memory_read", "ops_h200")
 
@@ -151,8 +171,14 @@ def contract(with_figures: bool = False) -> str:
     """One line for each guarantee: its promise, and what each report has of it."""
     files = {"CPU": "contract_cpu", "H200": "contract_h200"}
     reports = {where: _result(name)["guarantees"] for where, name in files.items()}
-    replay = [row["ok"] for row in _result("replay_h200")["checks"]]
-    reports["H200"]["G16"] = {"passed": sum(replay), "failed": replay.count(False), "figures": {}}
+    streams = _result("stream_checks_h200")["checks"]
+    for guarantee, checks in {
+        "G16": _result("replay_h200")["checks"],
+        "G17": [row for row in streams if row.get("guarantee") == "G17"],
+        "G18": [row for row in streams if row.get("guarantee") != "G17"],
+    }.items():
+        passed = [row["ok"] for row in checks]
+        reports["H200"][guarantee] = {"passed": sum(passed), "failed": passed.count(False), "figures": {}}
     rows = []
     for name, promise in PROMISES.items():
         rows.append((name, promise, *(proof(reports.get(where, {}).get(name), with_figures) for where in files)))
@@ -183,6 +209,7 @@ TABLES = {
     f.__name__: f
     for f in (
         *(support, rollouts, rollout_runs, paper_replay, replay_memory, streaming, operations),
+        *(accelerated, cross_attention),
         *(memory_read, memory_write, memory_forget, memory_gain, contract, contract_figures, mutants),
     )
 }

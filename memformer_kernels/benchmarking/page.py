@@ -80,6 +80,34 @@ def _rollouts(files: dict[str, dict], out: Path) -> Iterable[Part]:
         yield _head(f"Rollouts: {name}", content) + table + _images([picture], out), [picture]
 
 
+def _accelerated(files: dict[str, dict], out: Path) -> Iterable[Part]:
+    for name, content in files.items():
+        parts = content["shapes"].items()
+        rows = [
+            (shape, row["dtype"], row["run"], _number(row.get("ms"), ".1f"), _number(row.get("peak_MiB"), ".0f"))
+            for shape, part in parts
+            for row in part["rows"]
+        ]
+        text = _head(f"The PyPI package memformer, accelerated: {name}", content)
+        yield text + _table(("shape", "dtype", "run", "ms", "peak MiB"), rows), []
+
+
+def _cross_attention(files: dict[str, dict], out: Path) -> Iterable[Part]:
+    for name, content in files.items():
+        rows = [
+            (
+                where,
+                row["keys"],
+                row["pass"],
+                *(_number(row[way].get("ms"), ".3f") for way in ("sdpa", "cross_attention")),
+            )
+            for where in ("attention", "bart")
+            for row in content[where]
+        ]
+        text = _head(f"In the place of scaled_dot_product_attention: {name}", content)
+        yield text + _table(("", "keys", "pass", "SDPA, ms", "cross_attention, ms"), rows), []
+
+
 def _contract(files: dict[str, dict], out: Path) -> Iterable[Part]:
     names = list(dict.fromkeys(name for content in files.values() for name in content["guarantees"]))
     rows = []
@@ -183,6 +211,8 @@ def _errors(files: dict[str, dict], out: Path) -> Iterable[Part]:
 SECTIONS: dict[str, Callable[[dict[str, dict], Path], Iterable[Part]]] = {
     "ops": _ops,
     "rollouts": _rollouts,
+    "accelerated": _accelerated,
+    "cross attention": _cross_attention,
     "scaling": _scaling,
     "streaming": _streaming,
     "replay memory": _replay_memory,

@@ -10,6 +10,8 @@ from memformer_kernels.benchmarking.peers import OURS
 KINDS = {
     "ops": ("rows", "rates"),  # memformer-kernels bench
     "rollouts": ("shapes", "dtype"),  # benchmarks/rollout.py
+    "accelerated": ("shapes", "memformer"),  # benchmarks/accelerate_memformer.py
+    "cross attention": ("attention", "bart"),  # benchmarks/cross_attention.py
     "contract": ("guarantees",),  # make test, tests/gpu/check_contract.py
     "mutants": ("planted", "killed"),  # tests/mutants
     "streaming": ("reading", "decoding"),  # benchmarks/streaming.py

@@ -10,11 +10,16 @@ import argparse
 import gc
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, StreamPool, generate, stream
+from memformer_kernels.state import StateFileError
+from memformer_kernels.training import Settings, Trainer
+from memformer_kernels.training.tasks import RecallTraining
 
 SIZES = dict(vocabulary=256, width=128, heads=4, hidden=512, slots=16, segment_length=64)
 ROWS, LENGTH = 4, 64
@@ -218,6 +223,64 @@ def changes(make, dtype, text) -> list[dict]:
     return [*rows, {"check": "the state goes on with the moved model", "ok": ok}]
 
 
+def state_files(model, text, folder: Path) -> list[dict]:
+    texts, path = stream(model, ROWS), folder / "texts.safetensors"
+    texts.read(text[:, :100])
+    texts.save(path)
+    want = texts.read(text[:, 100:])
+    other = stream(model, ROWS)
+    other.read(text[:, :9])
+    other.load(path)
+    ok = same((other.read(text[:, 100:]), want))
+    rows = [{"check": "a saved text goes on in another stream, to the bit", "guarantee": "G17", "ok": ok}]
+    content, refused = path.read_bytes(), 0
+    places = range(0, len(content), max(1, len(content) // 100))
+    before = other.state()
+    for place in places:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            other.load(path)
+        except StateFileError:
+            refused += 1
+    ok = refused == len(places) and same(*((t, before[name]) for name, t in other.state().items()))
+    name = "a file with a bit flipped is refused, and nothing changes"
+    return [*rows, {"check": name, "guarantee": "G17", "files": refused, "ok": ok}]
+
+
+def resumed_training(folder: Path) -> list[dict]:
+    """A run that goes on from its file, with graphs of its own, is the run that was not stopped."""
+    rows = []
+    for precision in ("float32", "bfloat16"):
+        config = MemformerLMConfig(**{**SIZES, "vocabulary": 33, "segment_length": 8}, layers=2, dropout=0.1)
+        settings = Settings(steps=12, batch=4, horizons=(3,), precision=precision)
+
+        def trainer(config=config, settings=settings) -> Trainer:
+            return Trainer(config, settings, RecallTraining(4, 8, 3, DEVICE, seed=0), DEVICE)
+
+        whole, path = trainer(), folder / "checkpoint.safetensors"
+        losses = [float(whole.step()) for _ in range(12)]
+        first = trainer()  # seeds the random state, as a new process does
+        for _ in range(5):
+            first.step()
+        first.save(path)
+        torch.manual_seed(12345)
+        second = trainer()
+        second.load(path)
+        ok = [float(second.step()) for _ in range(7)] == losses[5:]
+        ok &= same(*zip(second.model.parameters(), whole.model.parameters(), strict=True))
+        rows.append({"dtype": precision, "check": "resumed training is the same, to the bit", "guarantee": "G17"})
+        rows[-1]["ok"] = ok
+    return rows
+
+
+def tell(rows: Iterable[dict]) -> list[dict]:
+    rows = list(rows)
+    for row in rows:
+        told = {k: v for k, v in row.items() if k != "ok"}
+        print("ok    " if row["ok"] else "FAILED", json.dumps(told), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of stream_checks.json")
@@ -230,12 +293,12 @@ def main() -> None:
             model, text = make(dtype), some_text(5 * LENGTH + 9)
             rows = reading(model, text) + decoding(model, text, dtype) + pool(model, text)
             rows += memory(model, text) if GPU else []
+            with TemporaryDirectory() as folder:
+                rows += state_files(model, text, Path(folder))
             rows += changes(make, dtype, text)
-            for row in rows:
-                row = {"model": make.__name__, "dtype": str(dtype)[6:], **row}
-                told = {k: v for k, v in row.items() if k != "ok"}
-                print("ok    " if row["ok"] else "FAILED", json.dumps(told), flush=True)
-                checks.append(row)
+            checks += tell({"model": make.__name__, "dtype": str(dtype)[6:], **row} for row in rows)
+    with TemporaryDirectory() as folder:
+        checks += tell(resumed_training(Path(folder)))
     report = {"gpu": torch.cuda.get_device_name() if GPU else None, "torch": torch.__version__, "checks": checks}
     out.mkdir(parents=True, exist_ok=True)
     (out / "stream_checks.json").write_text(json.dumps(report, indent=1) + "\n")
