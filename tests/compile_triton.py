@@ -71,9 +71,8 @@ def source(kernel, arguments, constants):
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if abs(value) < 2**31 else "i64"
 
-    options = {
-        name: value for name, value in constants.items() if name in ("num_warps", "num_stages", "enable_fp_fusion")
-    }
+    names = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+    options = {name: value for name, value in constants.items() if name in names}
     for i, parameter in enumerate(kernel.params):
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
