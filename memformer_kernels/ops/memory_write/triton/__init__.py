@@ -80,8 +80,8 @@ def _forward_plan(
     chunk, group = tiles.grouped_chunks(tokens, block_m)
     at_once, parts = _split(tokens, chunk, group, -(-M // block_m) * B * H, device)
     parts = max(1, parts)
-    if group > 1 and block_d <= 64 and config["num_warps"] == 8:
-        config["maxnreg"] = 128  # two programs a multiprocessor, with the second sum too
+    if group > 1 and block_d <= 64 and config["num_warps"] == 8 and tiles.architecture(device) == 90:
+        config["maxnreg"] = 128  # two programs a multiprocessor, with the second sum too; without a spill
     strides = query_strides, own_key_strides, slots_strides, key_strides, value_strides, mask_strides or (0, 0)
     attend = launch.Launcher(
         _memory_write_forward_attend_kernel,
