@@ -73,13 +73,14 @@ def token_chunk(tokens: int, block_m: int) -> int:
     return -(-chunk // 128) * 128  # a multiple of every tile
 
 
-def grouped_chunks(tokens: int, block_m: int) -> tuple[int, int]:
+def grouped_chunks(tokens: int, block_m: int, block_d: int, device: torch.device) -> tuple[int, int]:
     """`(tokens of a chunk, chunks of a group)` of sums over tokens that a program adds up by the group, one of about
     `token_chunk` tokens, or by the chunk. Either way the chunks of a group are added up in order, then the groups: the
     bits are the same, and only these may not depend on the batch.
     """
     group = token_chunk(tokens, block_m)
-    if tokens <= group:
+    # a second sum does not fit the registers of wider heads, nor those of other architectures
+    if tokens <= group or block_d > 64 or architecture(device) != 90:
         return group, 1
     chunk = max(LEAST_CHUNK, -(-tokens // MOST_CHUNKS))
     chunk = min(-(-chunk // 128) * 128, group)

@@ -179,10 +179,11 @@ def test_chunks_are_whole_tiles_and_few(tokens, block_m):
 @pytest.mark.parametrize("tokens", [0, 1, 2048, 2049, 4096, 10**4, 65536, 10**6 + 1])
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 def test_groups_are_of_whole_chunks_and_about_as_long_as_one_chunk_would_be(tokens, block_m):
-    chunk, group = tiles.grouped_chunks(tokens, block_m)
+    chunk, group = tiles.grouped_chunks(tokens, block_m, 64, DEVICE)
     alone = tiles.token_chunk(tokens, block_m)
     assert chunk % 128 == 0 and chunk >= tiles.LEAST_CHUNK and -(-tokens // chunk) <= tiles.MOST_CHUNKS
     assert alone - chunk < chunk * group <= alone and (group == 1 or tokens > alone)
+    assert tiles.grouped_chunks(tokens, block_m, 128, DEVICE) == (alone, 1)
 
 
 def test_a_small_batch_has_a_program_for_every_chunk_and_a_large_one_for_every_group(launches):

