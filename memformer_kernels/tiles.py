@@ -73,6 +73,25 @@ def token_chunk(tokens: int, block_m: int) -> int:
     return -(-chunk // 128) * 128  # a multiple of every tile
 
 
+def grouped_chunks(tokens: int, block_m: int, block_d: int, device: torch.device) -> tuple[int, int]:
+    """`(tokens of a chunk, chunks of a group)` of sums over tokens that a program adds up by the group, one of about
+    `token_chunk` tokens, or by the chunk. Either way the chunks of a group are added up in order, then the groups: the
+    bits are the same, and only these may not depend on the batch.
+    """
+    group = token_chunk(tokens, block_m)
+    # a second sum does not fit the registers of wider heads, nor those of other architectures
+    if tokens <= group or block_d > 64 or architecture(device) != 90:
+        return group, 1
+    chunk = max(LEAST_CHUNK, -(-tokens // MOST_CHUNKS))
+    chunk = min(-(-chunk // 128) * 128, group)
+    return chunk, group // chunk
+
+
+def chunks_at_once(group: int, programs: int, device: torch.device) -> int:
+    """Chunks of one program: a group where that makes `programs` enough, because it saves partial results."""
+    return group if programs >= multiprocessors(device) else 1
+
+
 def config(kernel: str, device: torch.device, itemsize: int, block_d: int, block_m: int = 0) -> dict[str, int]:
     """A new dictionary of tiles and pipeline of `kernel`: a measured row, or a sensible one.
 
@@ -135,6 +154,11 @@ def architecture(device: torch.device) -> int:
     return _capability(device.index) if device.type == "cuda" else 90
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; the interpreter has those of an H100."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 132
+
+
 _user_table: dict[str, dict[str, dict[str, int]]] = {}
 
 
@@ -160,3 +184,8 @@ def _table(architecture: int) -> dict[str, dict[str, dict[str, int]]]:
 def _capability(device_index: int) -> int:
     major, minor = torch.cuda.get_device_capability(device_index)
     return 10 * major + minor
+
+
+@functools.cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -72,6 +72,22 @@ def attend(query, key, value, keep, top, total, acc, scale, PRECISION: tl.conste
 
 
 @triton.jit
+def merge(top, total, acc, next_top, next_total, next_acc, scale):
+    """Two states of the online softmax, each of keys of its own, as one. What saw no key changes no bit of the other.
+
+    Multiply-adds are fused by name: the same bits in whichever kernel this stands.
+    """
+    new_top = tl.maximum(top, next_top)
+    reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp2((top - reference) * scale)
+    next_shrink = tl.exp2((next_top - reference) * scale)
+    total = tl.fma(total, shrink, next_total * next_shrink)
+    merged = tl.fma(acc, tl.broadcast_to(shrink[:, None], acc.shape), next_acc * next_shrink[:, None])
+    merged = tl.where((next_top == float("-inf"))[:, None], acc, merged)  # saw nothing: exact to the sign of zero
+    return new_top, total, tl.where((top == float("-inf"))[:, None], next_acc, merged)
+
+
+@triton.jit
 def normalise(z, eps, inv_eps):
     """`(unit, inv_norm)` of all of `z`, as `ops/normalisation.py` defines them; `inv_norm` is a scalar.
 

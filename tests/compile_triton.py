@@ -71,9 +71,8 @@ def source(kernel, arguments, constants):
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if abs(value) < 2**31 else "i64"
 
-    options = {
-        name: value for name, value in constants.items() if name in ("num_warps", "num_stages", "enable_fp_fusion")
-    }
+    names = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+    options = {name: value for name, value in constants.items() if name in names}
     for i, parameter in enumerate(kernel.params):
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
@@ -166,7 +165,7 @@ SHAPES = (
     (256, 64, 500, False),
 )
 WIDE_SHAPES = ((64, 16, 512, False), (64, 128, 4096, False), (128, 32, 512, False), (128, 128, 4096, False))
-WIDE_SHAPES += ((128, 300, 4096, False),)
+WIDE_SHAPES += ((128, 300, 4096, False), (64, 128, 5000, False))
 
 
 def report(architectures):

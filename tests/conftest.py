@@ -164,6 +164,7 @@ def small_tiles(monkeypatch, nothing_left_over):
     monkeypatch.setattr(tiles, "config", config)
     monkeypatch.setattr(tiles, "slot_tile", lambda *_: 16)
     monkeypatch.setattr(tiles, "token_chunk", lambda *_: small["chunk"])
+    monkeypatch.setattr(tiles, "grouped_chunks", lambda *_: (small["chunk"], 2))
     monkeypatch.setattr(tiles, "MOST_GROUPS", 2)
     launch.forget_plans()
     yield

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memformer_kernels import backend, explain, memory_forget, memory_read
+from memformer_kernels import backend, checks, explain, memory_forget, memory_read
 from memformer_kernels.testing import make_case, run
 
 pytestmark = pytest.mark.guarantee("G14")
@@ -255,3 +255,47 @@ def test_explain_checks_what_a_call_would_check():
     with pytest.raises(ValueError, match="explain: op must be one of memory_read, .*, memory_replay, got 'forget'"):
         explain("forget", slots, bias)
     assert explain("memory_forget", slots, bias, backend="eager").backend == "eager"
+
+
+# Checks are left out where like arguments passed them.
+
+
+def test_what_passed_once_is_checked_again_where_it_differs():
+    case = make_case("memory_read", masked=0.4)
+
+    def call(**different):
+        return memory_read(**{**case.tensors, **different}, backend="eager")
+
+    before = call(scale=1.0)
+    assert torch.equal(call(scale=1.0), before)
+    wrong = {
+        "key": (case.tensors["key"][:, :, :, 1:], case.tensors["key"].long(), case.tensors["key"].double(), None),
+        "slot_mask": (case.tensors["slot_mask"].long(), case.tensors["slot_mask"][:, 1:]),
+        "scale": (True, float("nan"), float("inf"), 0.0, 0, "1"),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            for _ in range(2):  # what did not pass is not known either
+                with pytest.raises((TypeError, ValueError), match=f"memory_read: {name} must"):
+                    call(**{"scale": 1.0, name: value})
+
+
+def test_checks_remember_a_bounded_number_of_calls(monkeypatch):
+    monkeypatch.setattr(checks, "MOST_KNOWN", 2)
+    seen = []
+    check = checks.once(seen.append)
+    for number in (1.0, 1.0, 2.0, 3.0, 1.0, float("nan"), float("nan")):
+        check(number)
+    assert seen[:4] == [1.0, 2.0, 3.0, 1.0] and len(seen) == 6
+
+
+def test_checks_remember_no_tensor():
+    class Own(torch.Tensor):
+        pass
+
+    seen = []
+    check = checks.once(seen.append)
+    for kind in (Own, torch.Tensor):
+        for _ in range(2):
+            check(torch.ones(2).as_subclass(kind))
+    assert len(seen) == 3  # a subclass may say what it likes of itself, and is asked each time

@@ -479,6 +479,31 @@ def test_bench_on_a_gpu_writes_its_folder(pretend_gpu, small_suite, monkeypatch,
     assert content["machine"]["gpu"] == "Pretend GPU" and content["summary"] and "command" in content
 
 
+def test_rows_of_several_runs_come_together(pretend_gpu, small_suite, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(suite, "load", lambda path: small_suite)
+
+    def bench(**options):
+        bench_command.bench(**{**OPTIONS, "dtype": "float32", "skip": "Flex", "out": tmp_path, **options})
+        return json.loads((tmp_path / "bench.json").read_text())
+
+    first = bench(op="forget")
+    both = bench(op="read")
+    assert both["rows"][: len(first["rows"])] == first["rows"] and len(both["rows"]) > len(first["rows"])
+    assert {row["op"] for row in both["overhead"]} == {"memory_forget", "memory_read"}
+    assert {line["what"].split()[0] for line in first["summary"]} < {
+        line["what"].split()[0] for line in both["summary"]
+    }
+    again = bench(op="read")
+    assert len(again["rows"]) == len(both["rows"])  # in their place, not beside them
+    with pytest.raises(ValueError, match=r"must be of the same dtype \(float32\) to take these rows, got float16"):
+        bench(op="read", dtype="float16")
+    report.write_json({**again, "machine": {**again["machine"], "torch": "0"}}, tmp_path)
+    with pytest.raises(ValueError, match=r"must be of the same torch \(0\) to take these rows"):
+        bench(op="read")
+
+
 OPTIONS = dict(
     op="",
     which="",

@@ -107,7 +107,7 @@ def test_rows_of_heads_are_computed_without_fused_multiply_adds(launches):
 
 
 # What of a launch may follow the batch. Where Triton looks at such a number, a batch of one takes another kernel
-OF_THE_BATCH = {"B", "group", "part_rows"}
+OF_THE_BATCH = {"B", "group", "at_once", "parts", "part_rows"}
 ADDS_UP = "sum_partials_kernel"  # and does nothing else, so that no variant of it rounds otherwise
 
 
@@ -174,6 +174,28 @@ def test_every_measured_row_is_a_candidate_of_the_tuner():
 def test_chunks_are_whole_tiles_and_few(tokens, block_m):
     chunk = tiles.token_chunk(tokens, block_m)
     assert chunk % 128 == 0 and chunk >= 16 * block_m and -(-tokens // chunk) <= tiles.MOST_CHUNKS
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2048, 2049, 4096, 10**4, 65536, 10**6 + 1])
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+def test_groups_are_of_whole_chunks_and_about_as_long_as_one_chunk_would_be(tokens, block_m):
+    chunk, group = tiles.grouped_chunks(tokens, block_m, 64, DEVICE)
+    alone = tiles.token_chunk(tokens, block_m)
+    assert chunk % 128 == 0 and chunk >= tiles.LEAST_CHUNK and -(-tokens // chunk) <= tiles.MOST_CHUNKS
+    assert alone - chunk < chunk * group <= alone and (group == 1 or tokens > alone)
+    assert tiles.grouped_chunks(tokens, block_m, 128, DEVICE) == (alone, 1)
+
+
+def test_a_small_batch_has_a_program_for_every_chunk_and_a_large_one_for_every_group(launches):
+    def programs(batch, heads):
+        made = launches(
+            make_case("memory_write", batch=batch, heads=heads, slots=65, tokens=4096, dtype=torch.bfloat16)
+        )
+        return {run.kernel.__name__: run.programs // (batch * heads) for run in made if "GROUPED" in run.constants}
+
+    kernels = "_memory_write_forward_attend_kernel", "_memory_write_backward_resident_kernel"
+    few, many = programs(1, 2), programs(33, 2)
+    assert {few[name] for name in kernels} == {8} and {many[name] for name in kernels} == {2}
 
 
 def test_the_tuner_keeps_the_fastest_that_runs_and_tells_how_far_it_is(monkeypatch, tmp_path, capsys):

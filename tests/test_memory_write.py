@@ -402,6 +402,30 @@ def test_a_row_has_the_same_bits_in_any_batch(triton, small_tiles, slots, same_b
     assert all(same_bits(part[name], whole[name][1:]) for name in whole if name != "grad_bias")
 
 
+@pytest.mark.guarantee("G8")
+@pytest.mark.parametrize("way", ["values", "hidden", "nothing visible", "NaN", "infinite"])
+@pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])
+def test_chunks_by_the_group_give_the_bits_of_chunks_by_themselves(
+    triton, small_tiles, monkeypatch, slots, way, same_bits
+):
+    """Five chunks, of which a group has two."""
+    from memformer_kernels import launch, tiles
+
+    masked = {"hidden": 0.6, "nothing visible": 1}.get(way, 0)
+    case = make_case(OP, batch=1, heads=2, slots=slots, tokens=150, masked=masked, bias=not masked)
+    if way in ("NaN", "infinite"):
+        case.tensors["value"][0, 0, 40] = float("nan" if way == "NaN" else "inf")
+        case.tensors["key"][0, 1, 100] = float("nan" if way == "NaN" else "inf")
+    case.tensors["slots"][0, 0, :3] = torch.tensor([-0.0, 6e4, -(2.0**-20)])
+    results = []
+    for multiprocessors in (1, 10**6):
+        monkeypatch.setattr(tiles, "multiprocessors", lambda device, number=multiprocessors: number)
+        launch.forget_plans()
+        results.append(triton(case).tensors())
+    together, apart = results
+    assert all(same_bits(together[name], apart[name]) for name in apart)
+
+
 # Does it refuse well?
 
 

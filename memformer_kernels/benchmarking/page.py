@@ -68,6 +68,23 @@ def _op_row(row: dict) -> tuple:
     return row["op"], row["pass"], row["shape"], *figures, best, _number(row["ratio"], ".2f")
 
 
+def _counters(files: dict[str, dict], out: Path) -> Iterable[Part]:
+    for name, content in files.items():
+        text = _head(f"Hardware counters: {name}", content)
+        text += (
+            "Per cent of the peak; spilled: bytes to and from local memory; warps that wait at an issue, by reason.\n\n"
+        )
+        percent = ("dram", "l2", "tensor", "xu", "fma", "alu", "issue", "occupancy")
+        rows = []
+        for row in content["counters"]:
+            stalls = ", ".join(f"{reason.replace('_', ' ')} {count:.1f}" for reason, count in row["stalls"].items())
+            figures = _number(row["us"], ".1f"), *(_number(row[column], ".0f") for column in percent)
+            last = _number(row["registers"], ".0f"), _number(row["spilled"], ".0f"), stalls or "-"
+            rows.append((row["shape"], row["pass"], row["kernel"], *figures, *last))
+        header = ("shape", "pass", "kernel", "us", *percent, "registers", "spilled", "stalls")
+        yield text + _table(header, rows), []
+
+
 def _rollouts(files: dict[str, dict], out: Path) -> Iterable[Part]:
     for name, content in files.items():
         picture = plots.draw_rollouts(content, out / name / "rollouts.png")
@@ -210,6 +227,7 @@ def _errors(files: dict[str, dict], out: Path) -> Iterable[Part]:
 
 SECTIONS: dict[str, Callable[[dict[str, dict], Path], Iterable[Part]]] = {
     "ops": _ops,
+    "counters": _counters,
     "rollouts": _rollouts,
     "accelerated": _accelerated,
     "cross attention": _cross_attention,

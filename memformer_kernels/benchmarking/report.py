@@ -24,9 +24,42 @@ RESULT_COLUMNS = (
 ROW_COLUMNS = ("op", "pass", "shape", "group", "floor_ms", "floor_without_output_ms", "bound", "bytes", "flop")
 
 
+FILE = "bench.json"
+SAME_MACHINE = ("gpu", "torch", "triton", "cuda", "cudnn")
+
+
+def read(folder: Path) -> dict | None:
+    """The report in `folder`; None where there is none."""
+    file = folder / FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def joined(before: dict | None, report: dict) -> dict:
+    """`report`, with what `before` has of other rows; a ValueError where they are not of one machine and dtype."""
+    if before is None:
+        return report
+    for name, was, now in (
+        *((name, before.get(name), report[name]) for name in ("dtype", "layout")),
+        *((name, before["machine"].get(name), report["machine"][name]) for name in SAME_MACHINE),
+    ):
+        if was != now:
+            raise ValueError(f"bench: {FILE} must be of the same {name} ({was}) to take these rows, got {now}")
+    return {
+        **report,
+        "command": "; ".join(dict.fromkeys([*before["command"].split("; "), report["command"]])),
+        "rows": _others(before["rows"], report["rows"], ("op", "pass", "shape")),
+        "overhead": _others(before["overhead"], report["overhead"], ("op", "shape", "implementation")),
+    }
+
+
+def _others(before: list[dict], now: list[dict], names: tuple[str, ...]) -> list[dict]:
+    again = {tuple(row[name] for name in names) for row in now}
+    return [row for row in before if tuple(row[name] for name in names) not in again] + now
+
+
 def write_json(report: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / FILE).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def write_csv(report: dict, folder: Path) -> None:

@@ -9,6 +9,7 @@ from memformer_kernels.benchmarking.peers import OURS
 # A kind and the fields that only its files have together.
 KINDS = {
     "ops": ("rows", "rates"),  # memformer-kernels bench
+    "counters": ("counters", "ncu"),  # benchmarks/counters.py
     "rollouts": ("shapes", "dtype"),  # benchmarks/rollout.py
     "accelerated": ("shapes", "memformer"),  # benchmarks/accelerate_memformer.py
     "cross attention": ("attention", "bart"),  # benchmarks/cross_attention.py

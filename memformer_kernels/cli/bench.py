@@ -48,13 +48,16 @@ def bench(
     replays = QUICK_REPLAYS if quick else Settings.replays
     settings = Settings(DTYPES[dtype], layout, replays, peers, skip)
     command = shlex.join(["memformer-kernels", *sys.argv[1:]])
+    together = {}
 
     total = sum(len(passes) for _, passes in chosen)
     with bar("shapes") as progress:
 
         def save(measured: dict) -> None:
-            report.write_json({"command": command, **measured, "summary": targets.summarise(measured)}, out)
-            report.write_csv(measured, out)
+            # read anew each time: a run on another GPU may write there too
+            together.update(report.joined(report.read(out), {"command": command, **measured}))
+            report.write_json({**together, "summary": targets.summarise(together)}, out)
+            report.write_csv(together, out)
             progress(len(measured["rows"]) / total)
 
         measured = runner.run(loaded, chosen, settings, lambda text: print(text, flush=True), save)
@@ -62,7 +65,7 @@ def bench(
     report.print_report(
         measured, targets.summarise(measured), Console(width=max(console.width, NARROWEST), highlight=False)
     )
-    drawn = plots.draw(measured, out)
+    drawn = plots.draw(together, out)
     written = (out / "bench.json", out / "bench.csv", *drawn)
     print(f"{measured['seconds']:.0f} s; written: {', '.join(map(str, written))}")
     return measured["stopped"] is None

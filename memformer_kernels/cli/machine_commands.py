@@ -113,7 +113,9 @@ def bench(
     suite: Annotated[
         Path | None, typer.Option(help="A suite and the ceilings of your GPU, in the form of benchmarking/ops.toml.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.csv and the pictures.")] = Path("runs/bench"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for bench.json, bench.csv and the pictures; other rows there stay.")
+    ] = Path("runs/bench"),
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="BEFORE AFTER", help="Measure nothing: compare two files of times, row by row."),

@@ -15,6 +15,7 @@ from triton_calls import OPS, UNIT_ROUNDOFF, Check, answer, differing, dtypes, m
 from triton_machine import check_repeats
 
 import memformer_kernels
+from memformer_kernels import launch, tiles
 from memformer_kernels.testing import Case, cotangent, error_bound, make_case, shares_of_bound
 
 
@@ -83,6 +84,38 @@ def check_cold_processes(device):
     assert not wrong, f"not the same bits in two processes: {wrong}"
     assert len(set(first.values())) == len(first), "calls of other dtypes and sizes have the same digest"
     return {"figures": {"calls with equal digests in two cold processes": len(first)}}
+
+
+# Slots, tokens, width, hidden: of more than one group of chunks, and the last one not whole
+GROUPED = (
+    (64, 4096, 64, 0.0),
+    (128, 4096, 64, 0.0),
+    (128, 16384, 64, 0.0),
+    (100, 4999, 64, 0.5),
+    (128, 8192, 24, 0.0),
+)
+
+
+def check_groupings(device, dtype):
+    """G8: the same bits whether a program takes a chunk of tokens or a group of them, and so in any batch."""
+    number = tiles.multiprocessors
+    try:
+        for slots, tokens, width, masked in GROUPED:
+            sizes = dict(batch=1, heads=2, slots=slots, tokens=tokens, width=width, masked=masked)
+            case = make_case("memory_write", dtype=dtype, device=device, **sizes)
+            place = case.tensors["query"].device
+            if tiles.grouped_chunks(tokens, 64 if slots == 64 else 128, 64, place)[1] == 1:
+                return {"skipped": "on this architecture a group is one chunk"}
+            grad, results = cotangent(case), []
+            for multiprocessors in (0, 10**9):
+                tiles.multiprocessors = lambda device, count=multiprocessors: count
+                launch.forget_plans()
+                results.append(run(case, grad))
+            assert not differing(*results), f"{differing(*results)}, {describe(case)}"
+    finally:
+        tiles.multiprocessors = number
+        launch.forget_plans()
+    return {"figures": {f"calls of equal bits by chunks and by groups, {name_of(dtype)}": len(GROUPED)}}
 
 
 LARGE = dict(heads=8, tokens=512, slots=16, width=64)
@@ -237,6 +270,7 @@ CHECKS = [
         Check(f"many repeats {name_of(d)}", check_many_repeats, (d,), gpu_only=True)
         for d in (torch.bfloat16, torch.float32)
     ),
+    *(Check(f"groupings {name_of(d)}", check_groupings, (d,), gpu_only=True) for d in (torch.bfloat16, torch.float16)),
     Check("cold processes", check_cold_processes),
     *bound_checks(),
     Check("guards", check_guards, group="calls"),

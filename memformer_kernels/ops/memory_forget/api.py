@@ -42,6 +42,12 @@ def memory_forget(slots: Tensor, bias: Tensor, *, eps: float = 1e-12, backend: s
 
 def prepare(slots, bias, *, eps=1e-12) -> tuple:
     """Checks the arguments and returns them as every backend takes them."""
+    _check(slots, bias, eps)
+    return slots, bias, float(eps)
+
+
+@checks.once
+def _check(slots, bias, eps) -> None:
     checks.tensor(OP, slots=slots, bias=bias)
     checks.shape(OP, "[B, M, C]", (-1, -1, -1), slots=slots)
     checks.shape(OP, "[M, C]", tuple(slots.shape[1:]), bias=bias)
@@ -49,4 +55,3 @@ def prepare(slots, bias, *, eps=1e-12) -> tuple:
     checks.carried_dtype(OP, "bias", bias, slots.dtype)
     checks.same_device(OP, "slots", slots=slots, bias=bias)
     checks.at_least(OP, SMALLEST_EPS, eps=eps)
-    return slots, bias, float(eps)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memformer_kernels.ops.library import refuse_double_backward, register_pair
+from memformer_kernels.ops.library import needs_grad, refuse_double_backward, register_pair
 from memformer_kernels.ops.precision import wide_dtype
 
 
@@ -39,4 +39,6 @@ class MemoryForget(torch.autograd.Function):
 
 
 def apply(slots: Tensor, bias: Tensor, eps: float, backend: str) -> Tensor:
-    return MemoryForget.apply(slots, bias, eps, backend)
+    if needs_grad(slots, bias):
+        return MemoryForget.apply(slots, bias, eps, backend)
+    return _forward(slots, bias, eps, backend)[0]

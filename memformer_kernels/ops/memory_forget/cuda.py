@@ -58,7 +58,7 @@ def forward(slots: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
             M,
             C,
             1 / eps,
-            torch.cuda.current_stream(slots.device).cuda_stream,
+            torch._C._cuda_getCurrentRawStream(slots.device.index),
         )
     return output, inv_norm
 
@@ -95,6 +95,6 @@ def backward(grad_output: Tensor, slots: Tensor, bias: Tensor, inv_norm: Tensor,
             M,
             C,
             1 / eps,
-            torch.cuda.current_stream(slots.device).cuda_stream,
+            torch._C._cuda_getCurrentRawStream(slots.device.index),
         )
     return grad_slots, grad_bias

@@ -54,6 +54,17 @@ def memory_read(
 
 def prepare(query, key, value, *, slot_mask=None, scale=None, allow_tf32=False) -> tuple:
     """Checks the arguments and returns them as every backend takes them."""
+    _check(query, key, value, slot_mask, scale)
+    query, key, value = cast_to_autocast(query, key, value)
+    if not query.dtype == key.dtype == value.dtype:
+        checks.same_dtype(OP, "query", query=query, key=key, value=value)
+    if scale is None:
+        scale = max(query.shape[3], 1) ** -0.5
+    return query, key, value, slot_mask, float(scale), bool(allow_tf32)
+
+
+@checks.once
+def _check(query, key, value, slot_mask, scale) -> None:
     checks.tensor(OP, query=query, key=key, value=value)
     checks.shape(OP, "[B, H, L, D]", (-1, -1, -1, -1), query=query)
     batch, heads, _, width = query.shape
@@ -62,9 +73,5 @@ def prepare(query, key, value, *, slot_mask=None, scale=None, allow_tf32=False) 
     checks.mask(OP, "slot_mask", "[B, M]", (batch, key.shape[2]), slot_mask)
     checks.floating(OP, query=query, key=key, value=value)
     checks.same_device(OP, "query", query=query, key=key, value=value, slot_mask=slot_mask)
-    query, key, value = cast_to_autocast(query, key, value)
-    checks.same_dtype(OP, "query", query=query, key=key, value=value)
-    if scale is None:
-        scale = max(width, 1) ** -0.5
-    checks.positive(OP, scale=scale)
-    return query, key, value, slot_mask, float(scale), bool(allow_tf32)
+    if scale is not None:
+        checks.positive(OP, scale=scale)

@@ -92,6 +92,21 @@ def prepare(
     allow_tf32=False,
 ) -> tuple:
     """Checks the arguments and returns them as every backend takes them, temperature folded into the scale."""
+    _check(query, own_key, slots, key, value, bias, token_mask, temperature, scale, eps)
+    query, own_key, key, value = cast_to_autocast(query, own_key, key, value)
+    dtype = query.dtype
+    if not dtype == own_key.dtype == key.dtype == value.dtype:
+        checks.same_dtype(OP, "query", query=query, own_key=own_key, key=key, value=value)
+    checks.carried_dtype(OP, "slots", slots, dtype)
+    if bias is not None:
+        checks.carried_dtype(OP, "bias", bias, dtype)
+    if scale is None:
+        scale = max(query.shape[3], 1) ** -0.5
+    return query, own_key, slots, key, value, bias, token_mask, scale / temperature, float(eps), bool(allow_tf32)
+
+
+@checks.once
+def _check(query, own_key, slots, key, value, bias, token_mask, temperature, scale, eps) -> None:
     checks.tensor(OP, query=query, own_key=own_key, slots=slots, key=key, value=value)
     checks.shape(OP, "[B, H, M, D]", (-1, -1, -1, -1), query=query)
     batch, heads, count, width = query.shape
@@ -104,17 +119,12 @@ def prepare(
     checks.same_device(
         OP, "query", query=query, own_key=own_key, slots=slots, key=key, value=value, token_mask=token_mask
     )
-    query, own_key, key, value = cast_to_autocast(query, own_key, key, value)
-    checks.same_dtype(OP, "query", query=query, own_key=own_key, key=key, value=value)
-    checks.carried_dtype(OP, "slots", slots, query.dtype)
     if bias is not None:
         checks.tensor(OP, bias=bias)
         checks.shape(OP, "[M, C]", (count, heads * width), bias=bias)
         checks.floating(OP, bias=bias)
-        checks.carried_dtype(OP, "bias", bias, query.dtype)
         checks.same_device(OP, "query", query=query, bias=bias)
-    if scale is None:
-        scale = max(width, 1) ** -0.5
-    checks.positive(OP, temperature=temperature, scale=scale)
+    checks.positive(OP, temperature=temperature)
+    if scale is not None:
+        checks.positive(OP, scale=scale)
     checks.at_least(OP, SMALLEST_EPS, eps=eps)
-    return query, own_key, slots, key, value, bias, token_mask, scale / temperature, float(eps), bool(allow_tf32)

@@ -48,6 +48,12 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tensor.stride()
 
 
+def _split(tokens: int, chunk: int, group: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """`(chunks that a program takes, partial results)`, where there would be so many programs of all tokens."""
+    at_once = tiles.chunks_at_once(group, programs * -(-tokens // (chunk * group)), device)
+    return at_once, -(-tokens // (chunk * at_once))
+
+
 @launch.planned
 def _forward_plan(
     shape,
@@ -66,33 +72,38 @@ def _forward_plan(
     allow_tf32,
     save,
 ):
-    """`(chunks of tokens, launcher of the attention, launcher of what brings heads and chunks together)`."""
+    """`(partial results, launcher of the attention, launcher of what brings heads and them together)`."""
     B, H, M, D = shape
     itemsize, block_d = dtypes[0].itemsize, tiles.head_block(D)
     block_m = tiles.slot_tile(M, itemsize, block_d, device)
     config = tiles.config("memory_write_forward_attend", device, itemsize, block_d, block_m)
-    chunk = tiles.token_chunk(tokens, block_m)
-    chunks = max(1, -(-tokens // chunk))
+    chunk, group = tiles.grouped_chunks(tokens, block_m, block_d, device)
+    at_once, parts = _split(tokens, chunk, group, -(-M // block_m) * B * H, device)
+    parts = max(1, parts)
+    if group > 1 and config["num_warps"] == 8:
+        config["maxnreg"] = 128  # two programs a multiprocessor, with the second sum too
     strides = query_strides, own_key_strides, slots_strides, key_strides, value_strides, mask_strides or (0, 0)
     attend = launch.Launcher(
         _memory_write_forward_attend_kernel,
-        -(-M // block_m) * chunks * B * H,
-        (*strides, scale * LOG2_E, tokens, M, H, chunk, B * M * H),
+        -(-M // block_m) * parts * B * H,
+        (*strides, scale * LOG2_E, tokens, M, H, chunk, at_once, B * M * H),
         D=D,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
         ALL_TOKENS=mask_strides is None and tokens % config["BLOCK_L"] == 0,
+        GROUPED=group > 1,
         PRECISION="tf32" if allow_tf32 else "ieee",
         **config,
     )
     combine = launch.Launcher(
         _memory_write_forward_combine_kernel,
         B * M,
-        (bias_strides or (0, 0), scale * LOG2_E, eps, 1 / eps, M, H, chunks, B * M * H),
+        (bias_strides or (0, 0), scale * LOG2_E, eps, 1 / eps, M, H, parts, group // at_once, B * M * H),
         D=D,
+        GROUPED=group > 1,
         **tiles.heads_row(H, D),
     )
-    return chunks, attend, combine
+    return parts, attend, combine
 
 
 def forward(
@@ -117,7 +128,7 @@ def forward(
     strides = query.stride(), own_key.stride(), slots.stride(), key.stride(), value.stride()
     dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
     options = scale, eps, allow_tf32, save
-    chunks, attend, combine = _forward_plan(
+    parts, attend, combine = _forward_plan(
         shape, key.shape[2], *strides, _strides(bias), _strides(token_mask), dtypes, query.device, *options
     )
 
@@ -125,11 +136,11 @@ def forward(
         return slots.new_empty(sizes, dtype=torch.float32)
 
     output = slots.new_empty(slots.shape)
-    attended = new(B, M, H * D) if save or chunks == 1 else None
-    acc = attended if chunks == 1 else new(chunks, B, M, H * D)
+    attended = new(B, M, H * D) if save or parts == 1 else None
+    acc = attended if parts == 1 else new(parts, B, M, H * D)
     log_sum_exp, own_weight, inv_norm = (new(B, H, M), new(B, H, M), new(B, M)) if save else (None, None, None)
     if output.numel() > 0:
-        statistics = new(2 * chunks + 1, B, H, M)
+        statistics = new(2 * parts + 1, B, H, M)
         attend(query, own_key, slots, key, value, token_mask, acc, statistics)
         saved = attended if save else None, log_sum_exp, own_weight, inv_norm
         combine(acc, statistics, bias, output, *saved)
@@ -154,7 +165,7 @@ def _backward_plan(
     eps,
     allow_tf32,
 ):
-    """`(groups of the batch, chunks of tokens, launchers by stage)`."""
+    """`(groups of the batch, partial gradients of the query, launchers by stage)`."""
     B, H, M, D = shape
     itemsize, block_d = dtypes[0].itemsize, tiles.head_block(D)
     block_m = tiles.slot_tile(M, itemsize, block_d, device)
@@ -174,14 +185,14 @@ def _backward_plan(
     scales = scale * LOG2_E, scale
     constants = {"D": D, "BLOCK_D": block_d, "PRECISION": "tf32" if allow_tf32 else "ieee"}
     several_tiles = block_m < M
-    chunk = tiles.token_chunk(tokens, block_m)
-    chunks = -(-tokens // chunk)
     if several_tiles:
+        chunk, group, at_once = tiles.token_chunk(tokens, block_m), 1, 1
+        parts = -(-tokens // chunk)
         du_strides = M * H * D, D, H * D, 1
         config = tiles.config("attention_backward_rows", device, itemsize, block_d)
         stages["query"] = launch.Launcher(
             attention_backward_rows_kernel,
-            -(-M // config["BLOCK_ROWS"]) * chunks * B * H,
+            -(-M // config["BLOCK_ROWS"]) * parts * B * H,
             (du_strides, (0, 0, 0, 0), query_strides, *strides, *scales, M, tokens, H, chunk, B * M * H),
             ALL_KEYS=mask_strides is None and tokens % config["BLOCK_KEYS"] == 0,
             **constants,
@@ -197,27 +208,30 @@ def _backward_plan(
             **config,
         )
     else:
+        chunk, group = tiles.grouped_chunks(tokens, block_m, block_d, device)
+        at_once, parts = _split(tokens, chunk, group, B * H, device)
         config = tiles.config("memory_write_backward_resident", device, itemsize, block_d, block_m)
         stages["resident"] = launch.Launcher(
             _memory_write_backward_resident_kernel,
-            chunks * B * H,
-            (query_strides, own_key_strides, *strides, *scales, tokens, M, H, chunk, B * M * H),
+            parts * B * H,
+            (query_strides, own_key_strides, *strides, *scales, tokens, M, H, chunk, at_once, B * M * H),
             BLOCK_M=block_m,
             ALL_TOKENS=mask_strides is None and tokens % config["BLOCK_L"] == 0,
             WIDE=block_m < 64 <= block_d,
-            ONE_CHUNK=chunks == 1,
+            GROUPED=group > 1,
+            ONE_CHUNK=tokens <= chunk,
             **constants,
             **config,
         )
-    if several_tiles or chunks != 1:
+    if several_tiles or not 0 < tokens <= chunk:
         stages["finish"] = launch.Launcher(
             _memory_write_backward_query_kernel,
             B * M,
-            (own_key_strides, scale, M, H, chunks, B * M * H),
+            (own_key_strides, scale, 1.0 if several_tiles else scale, M, H, parts, group // at_once, B * M * H),
             D=D,
             **row,
         )
-    return groups, chunks, stages
+    return groups, parts, stages
 
 
 def backward(
@@ -250,7 +264,7 @@ def backward(
     strides = grad.stride(), query.stride(), own_key.stride(), slots.stride(), key.stride(), value.stride()
     dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
     options = scale, eps, allow_tf32
-    groups, chunks, run = _backward_plan(
+    groups, parts, run = _backward_plan(
         shape, tokens, *strides, _strides(bias), _strides(token_mask), dtypes, query.device, *options
     )
 
@@ -258,7 +272,7 @@ def backward(
         return slots.new_empty(sizes, dtype=torch.float32)
 
     partial_bias = grad_bias if groups == 1 or bias is None else new(groups, M, H * D)
-    partial_query = new(chunks, B, M, H, D) if "finish" in run else grad_query
+    partial_query = new(parts, B, M, H, D) if "finish" in run else grad_query
     grad_attended = query.new_empty((B, M, H, D))
     row_terms = new(2, B, H, M)  # delta and the own logit's gradient
     results = grad_attended, row_terms, grad_own_key, grad_slots, partial_bias

@@ -89,7 +89,7 @@ def _memory_write_backward_rows_kernel(
         tl.store(grad_bias + part.to(tl.int64) * part_stride + places, db.to(grad_bias.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["L", "M", "H", "chunk", "part_rows"])
+@triton.jit(do_not_specialize=["L", "M", "H", "chunk", "at_once", "part_rows"])
 def _memory_write_backward_resident_kernel(
     grad_attended,  # [B, M, H, D], contiguous: du
     query,  # [B, H, M, D], M <= BLOCK_M
@@ -99,7 +99,7 @@ def _memory_write_backward_resident_kernel(
     token_mask,  # [B, L] or None
     log_sum_exp,  # [B, H, M] float32: of the scaled logits, over the scale
     row_terms,  # [2, B, H, M] float32: delta and ds0
-    grad_query,  # [B, M, H, D], contiguous; or [chunks, B, M, H, D] float32, without the own key
+    grad_query,  # [B, M, H, D], contiguous; or [parts, B, M, H, D] float32: ds @ key
     grad_key,  # [B, L, H, D], contiguous
     grad_value,  # [B, L, H, D], contiguous
     query_strides,
@@ -112,22 +112,24 @@ def _memory_write_backward_resident_kernel(
     L,
     M,
     H,
-    chunk,  # tokens of one program
+    chunk,  # tokens
+    at_once,  # chunks of one program, which are a part
     part_rows,  # B * M * H
     D: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALL_TOKENS: tl.constexpr,  # L is a multiple of BLOCK_L and there is no mask
+    GROUPED: tl.constexpr,  # a program may take several chunks
     WIDE: tl.constexpr,  # the gradient of the query is kept as [D, M]: D fills the matrix units better than M
     ONE_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     num_stages: tl.constexpr,
 ):
-    chunks = tl.cdiv(L, chunk)
-    part = tl.program_id(0) % chunks
-    head = tl.program_id(0) // chunks % H
-    batch = (tl.program_id(0) // chunks // H).to(tl.int64)
+    parts = tl.cdiv(L, chunk * at_once)
+    part = tl.program_id(0) % parts
+    head = tl.program_id(0) // parts % H
+    batch = (tl.program_id(0) // parts // H).to(tl.int64)
     grad_attended += (batch * M * H + head) * D
     query = at_head(query, batch, head, query_strides)
     own_key = at_head(own_key, batch, head, own_key_strides)
@@ -152,8 +154,14 @@ def _memory_write_backward_resident_kernel(
         dq = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
     else:
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = part * chunk
-    for start in tl.range(begin, min(begin + chunk, L), BLOCK_L, num_stages=num_stages):
+    if GROUPED:
+        all_dq = tl.zeros(dq.shape, tl.float32)  # of the chunks before this one
+    begin = part * chunk * at_once
+    for start in tl.range(begin, min(begin + chunk * at_once, L), BLOCK_L, num_stages=num_stages):
+        if GROUPED:
+            if (start > begin) & ((start - begin) % chunk == 0):
+                all_dq += dq
+                dq = tl.zeros(dq.shape, tl.float32)
         tokens = start + tl.arange(0, BLOCK_L)
         visible = None
         if not ALL_TOKENS:
@@ -181,32 +189,37 @@ def _memory_write_backward_resident_kernel(
             dq = tl.dot(tl.trans(k), ds, dq, input_precision=PRECISION)
         else:
             dq = tl.dot(tl.trans(ds), k, dq, input_precision=PRECISION)
+    if GROUPED:
+        dq = all_dq + dq
     if WIDE:
         dq = tl.trans(dq)
     if ONE_CHUNK:
         own = load_tile(own_key, safe_slots, own_key_strides[2], own_key_strides[3], None, D, BLOCK_D).to(tl.float32)
         ds0 = tl.load(row_terms + part_rows + per_head + slots, mask=in_slots, other=0.0)
-        dq += ds0[:, None] * own
-    store_tile(grad_query, slots, H * D, scale * dq, in_slots, D, BLOCK_D)
+        dq = scale * (dq + ds0[:, None] * own)
+    store_tile(grad_query, slots, H * D, dq, in_slots, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["M", "H", "parts", "part_rows"])
+@triton.jit(do_not_specialize=["M", "H", "parts", "group", "part_rows"])
 def _memory_write_backward_query_kernel(
-    partial,  # [parts, B, M, H, D] float32: scale * ds @ key
+    partial,  # [parts, B, M, H, D] float32: ds @ key, times scale / part_scale
     own_key,  # [B, H, M, D]
     row_terms,  # [2, B, H, M] float32: delta and ds0
     grad_query,  # [B, M, H, D], contiguous
     own_key_strides,
     scale,
+    part_scale,
     M,
     H,
     parts,
+    group,  # parts of a group
     part_rows,  # B * M * H
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The gradient of the query from its parts, always in the same order. One program a slot, all its heads."""
+    """The gradient of the query from its parts, groups of them first, always in the same order. One program a slot, all
+    its heads."""
     row = tl.program_id(0)
     slot = (row % M).to(tl.int64)
     batch = (row // M).to(tl.int64)
@@ -215,11 +228,15 @@ def _memory_write_backward_query_kernel(
     inside = (heads < H)[:, None] & (channels < D)[None, :]
     places = (row.to(tl.int64) * H + heads)[:, None] * D + channels[None, :]
     dq = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for _ in tl.range(0, parts, loop_unroll_factor=4):  # four loads under way at a time
-        dq += tl.load(partial + places, mask=inside, other=0.0)
+    all_dq = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # of the groups before this one
+    for part in tl.range(0, parts, loop_unroll_factor=4):  # four loads under way at a time
+        new = part % group == 0  # without a branch, which would keep the loads apart
+        all_dq += tl.where(new, dq, 0.0)
+        dq = tl.where(new, 0.0, dq) + tl.load(partial + places, mask=inside, other=0.0)
         partial += tl.cast(part_rows, tl.int64) * D
     offsets = heads.to(tl.int64)[:, None] * own_key_strides[1] + channels.to(tl.int64)[None, :] * own_key_strides[3]
     base = batch * own_key_strides[0] + slot * own_key_strides[2]
     own = tl.load(own_key + base + offsets, mask=inside, other=0.0).to(tl.float32)
     ds0 = tl.load(row_terms + part_rows + (batch * H + heads) * M + slot, mask=heads < H, other=0.0)
-    tl.store(grad_query + places, (dq + scale * ds0[:, None] * own).to(grad_query.dtype.element_ty), mask=inside)
+    dq = (all_dq + dq) * part_scale + scale * ds0[:, None] * own
+    tl.store(grad_query + places, dq.to(grad_query.dtype.element_ty), mask=inside)
