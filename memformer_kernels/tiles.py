@@ -87,9 +87,10 @@ def grouped_chunks(tokens: int, block_m: int, block_d: int, device: torch.device
     return chunk, group // chunk
 
 
-def chunks_at_once(group: int, programs: int, device: torch.device) -> int:
-    """Chunks of one program: a group where that makes `programs` enough, because it saves partial results."""
-    return group if programs >= multiprocessors(device) else 1
+def chunks_at_once(group: int, programs: int, device: torch.device, least: float) -> int:
+    """Chunks of one program: a group where that makes `programs` enough, `least` a multiprocessor, because it saves
+    partial results."""
+    return group if programs >= least * multiprocessors(device) else 1
 
 
 def config(kernel: str, device: torch.device, itemsize: int, block_d: int, block_m: int = 0) -> dict[str, int]:

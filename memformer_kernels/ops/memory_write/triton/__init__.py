@@ -20,6 +20,10 @@ from memformer_kernels.triton_helpers import LOG2_E
 
 MOST_CHANNELS = 16384  # of a slot, all heads in registers of one program
 
+# Groups of chunks that are enough programs, for a multiprocessor. On an H200, 4 rows of 4096 tokens by 128 slots, in
+# groups (0.97) and in chunks: forward 41 and 47 us, backward 124 and 112 us
+GROUPS_FORWARD, GROUPS_BACKWARD = 0.5, 1.0
+
 
 def unsupported_reason(
     query: Tensor,
@@ -48,9 +52,9 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tensor.stride()
 
 
-def _split(tokens: int, chunk: int, group: int, programs: int, device: torch.device) -> tuple[int, int]:
+def _split(tokens: int, chunk: int, group: int, programs: int, device: torch.device, least: float) -> tuple[int, int]:
     """`(chunks that a program takes, partial results)`, where there would be so many programs of all tokens."""
-    at_once = tiles.chunks_at_once(group, programs * -(-tokens // (chunk * group)), device)
+    at_once = tiles.chunks_at_once(group, programs * -(-tokens // (chunk * group)), device, least)
     return at_once, -(-tokens // (chunk * at_once))
 
 
@@ -78,7 +82,7 @@ def _forward_plan(
     block_m = tiles.slot_tile(M, itemsize, block_d, device)
     config = tiles.config("memory_write_forward_attend", device, itemsize, block_d, block_m)
     chunk, group = tiles.grouped_chunks(tokens, block_m, block_d, device)
-    at_once, parts = _split(tokens, chunk, group, -(-M // block_m) * B * H, device)
+    at_once, parts = _split(tokens, chunk, group, -(-M // block_m) * B * H, device, GROUPS_FORWARD)
     parts = max(1, parts)
     if group > 1 and config["num_warps"] == 8:
         config["maxnreg"] = 128  # two programs a multiprocessor, with the second sum too
@@ -209,7 +213,7 @@ def _backward_plan(
         )
     else:
         chunk, group = tiles.grouped_chunks(tokens, block_m, block_d, device)
-        at_once, parts = _split(tokens, chunk, group, B * H, device)
+        at_once, parts = _split(tokens, chunk, group, B * H, device, GROUPS_BACKWARD)
         config = tiles.config("memory_write_backward_resident", device, itemsize, block_d, block_m)
         stages["resident"] = launch.Launcher(
             _memory_write_backward_resident_kernel,
