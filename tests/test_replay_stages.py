@@ -554,3 +554,14 @@ def test_captures_are_let_go():
     cell.clear()
     gc.collect()
     assert not cell._store.captures
+
+
+def test_what_graphs_read_lies_side_by_side_at_addresses_of_16_bytes():
+    given = [torch.randn(2, 4), torch.arange(3), torch.randn(2, 4).requires_grad_(), torch.arange(3), torch.ones(())]
+    inputs = captured._Inputs(given)
+    assert [t.requires_grad for t in inputs.tensors] == [False, False, True, False, False]
+    assert all(t.data_ptr() % 16 == 0 for t in inputs.tensors)
+    assert inputs.tensors[2].data_ptr() - inputs.tensors[0].data_ptr() == given[0].nbytes
+    others = [t.detach() + 1 for t in given]
+    inputs.copy([others[0].t().contiguous().t(), *others[1:]])
+    assert all(map(torch.equal, inputs.tensors, others))

@@ -316,15 +316,16 @@ class _Capture:
 
 class _Inputs:
     """Tensors that stay, of the shapes of given ones: those of one shape and dtype lie side by side, so that one launch
-    fills them."""
+    fills them, unless that would put them at addresses that kernels do not like."""
 
     def __init__(self, given: Sequence[Tensor]):
         alike = defaultdict(list)
         for i, t in enumerate(given):
-            alike[t.shape, t.dtype].append(i)
+            alone = i if t.nbytes % 16 else None
+            alike[t.shape, t.dtype, alone].append(i)
         places: dict[int, Tensor] = {}
         self._stacks = []
-        for (shape, dtype), indices in alike.items():
+        for (shape, dtype, _), indices in alike.items():
             stack = torch.empty(len(indices), *shape, dtype=dtype, device=given[indices[0]].device)
             places |= zip(indices, stack.unbind(), strict=True)
             self._stacks.append((indices, stack))
