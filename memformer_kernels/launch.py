@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from memformer_kernels.compiling import constant
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)
 MOST_CHANNELS = 256  # of a head
@@ -25,8 +27,13 @@ def unsupported_reason(**tensors: Tensor) -> str | None:
     return _unsupported_device(tensor.device.index)
 
 
-@functools.cache
+@constant  # to `torch.compile`, which cannot trace Triton's knobs, and looks through a cache
 def _unsupported_device(index: int) -> str | None:
+    return _unsupported(index)
+
+
+@functools.cache
+def _unsupported(index: int) -> str | None:
     if triton.knobs.runtime.interpret:
         return "TRITON_INTERPRET is set: the interpreter is for tests, slow and wrong in bfloat16"
     capability = torch.cuda.get_device_capability(index)

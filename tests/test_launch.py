@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from memformer_kernels import launch, tiles, tuning
+from memformer_kernels import MemformerLM, MemformerLMConfig, launch, tiles, tuning
 from memformer_kernels.testing import make_case, oracle
 
 DEVICE = torch.device("cpu")  # takes the tiles of an H100
@@ -239,3 +240,51 @@ def test_the_tuner_keeps_the_fastest_that_runs_and_tells_how_far_it_is(monkeypat
     assert len(times) == 24 and not any(candidate["num_stages"] == 2 for _, candidate in times)
     assert told == [i / 8 for i in range(8)] and capsys.readouterr().out.count("memory_read_forward_resident") == 8
     assert not tiles._user_table  # what was tried is taken away again
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A mode in which tensors may be on a GPU that is not there: they have no data, and everything else."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    launch._unsupported.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+    launch._unsupported.cache_clear()
+
+
+def compiled_graph(function, *arguments, **options):
+    """The ops of this package that are called by the one graph that `torch.compile` makes."""
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(n.target for n in graph.graph.nodes if "memformer_kernels" in str(n.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, fullgraph=True, backend=backend)(*arguments, **options)
+    return [str(op) for op in called]
+
+
+@pytest.mark.guarantee("G15")
+@pytest.mark.parametrize("op", ["memory_read", "memory_write", "memory_forget"])
+def test_a_call_on_a_gpu_compiles_as_one_graph(op, gpu):
+    """There the choice of a backend asks for the device, and for what Triton is told by the environment."""
+    case = make_case(op, masked=0.4, dtype=torch.float16)
+    tensors = {n: torch.empty(t.shape, dtype=t.dtype, device="cuda") for n, t in case.tensors.items()}
+    function = getattr(importlib.import_module("memformer_kernels"), op)
+    assert compiled_graph(function, **tensors) == [f"memformer_kernels.{op}_forward.default"]
+
+
+@pytest.mark.guarantee("G15")
+def test_models_on_a_gpu_compile_as_one_graph(gpu):
+    model = MemformerLM(MemformerLMConfig(width=32, heads=2, hidden=64, layers=2, slots=4, segment_length=8))
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                there = torch.empty(parameter.shape, dtype=torch.float16, device="cuda")
+                module._parameters[name] = torch.nn.Parameter(there, requires_grad=False)
+    tokens = torch.empty(2, 8, dtype=torch.long, device="cuda")
+    memory = torch.empty(2, 4, 32, dtype=torch.float16, device="cuda")
+    names = "memory_read", "memory_read", "memory_write"
+    assert compiled_graph(model, tokens, memory) == [f"memformer_kernels.{name}_forward.default" for name in names]

@@ -4,6 +4,7 @@ import importlib
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch.library import opcheck
@@ -22,6 +23,7 @@ from triton_calls import (
     run,
 )
 
+import memformer_kernels
 from memformer_kernels import testing
 from memformer_kernels.testing import Case, Result, cotangent, make_case
 
@@ -263,11 +265,12 @@ def check_compile(device, op):
     for dtype in dtypes(device):
         torch._dynamo.reset()
         case = make_case(op, slots=17, tokens=37, width=16, dtype=dtype, device=device, masked=0.3)
-        compiled = torch.compile(
-            registered(op), fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
-        )
-        got = testing.run(case, function=compiled)
-        assert not differing(got, run(case)), f"{name_of(dtype)}: {differing(got, run(case))}"
+        on_gpu = device == "cuda"
+        public = [partial(getattr(memformer_kernels, op), backend="triton")] if on_gpu else []  # there is none on a CPU
+        for function in (registered(op), *public):
+            compiled = torch.compile(function, fullgraph=True, backend="inductor" if on_gpu else "aot_eager")
+            got = testing.run(case, function=compiled)
+            assert not differing(got, run(case)), f"{name_of(dtype)}: {differing(got, run(case))}"
 
 
 def check_opcheck(device, op):
