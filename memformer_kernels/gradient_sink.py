@@ -38,23 +38,26 @@ class PutOff:
 
     def __init__(self):
         self._groups: dict[tuple, list[tuple[Tensor, ...]]] = defaultdict(list)
-        self._totals: set[int] = set()
+        self._totals: set[tuple] = set()
         self._bytes = 0
 
     def add(self, run: Run, *problem: Tensor) -> None:
         *terms, total = problem
         size = sum(t.numel() * t.element_size() for t in terms)
-        if total.data_ptr() in self._totals or self._bytes + size > MOST_BYTES:
+        place = total.device, total.data_ptr()
+        if place in self._totals or self._bytes + size > MOST_BYTES:
             self.do()
-        self._groups[run, len(terms[0]), terms[0].dtype].append(problem)
-        self._totals.add(total.data_ptr())
+        self._groups[run, len(terms[0]), terms[0].dtype, total.device].append(problem)
+        self._totals.add(place)
         self._bytes += size
 
     def do(self) -> None:
         for (run, *_), problems in self._groups.items():
             for i in range(0, len(problems), MOST_PROBLEMS):
                 run(problems[i : i + MOST_PROBLEMS])
-        self.__init__()
+        self._groups.clear()
+        self._totals.clear()
+        self._bytes = 0
 
 
 @contextlib.contextmanager
@@ -71,8 +74,8 @@ def open_sink(sink: Sink) -> Iterator[None]:
 
 
 def put_off(run: Run, *problem: Tensor) -> None:
-    """Adds to a total of the open sink before it is closed: `run([problem, ...])` with others of as many rows and the
-    same dtype. A problem is tensors of so many rows, and last the total."""
+    """Adds to a total of the open sink before it is closed: `run([problem, ...])` with others of as many rows, the same
+    dtype and device. A problem is tensors of so many rows, and last the total."""
     _put_off.add(run, *problem)
 
 

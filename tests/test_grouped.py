@@ -84,6 +84,15 @@ def test_problems_are_grouped_by_what_runs_them_their_rows_and_dtype(waiting):
     assert len(first) == 3 and len(second) == 1
 
 
+def test_devices_are_kept_apart(waiting):
+    put, _ = waiting
+    seen = []
+    for device in ("cpu", "meta", "cpu"):
+        put.add(seen.append, torch.zeros(2, 8, device=device), torch.zeros(8, device=device))
+    put.do()
+    assert sorted([total.device.type for _, total in problems] for problems in seen) == [["cpu", "cpu"], ["meta"]]
+
+
 def test_a_total_is_added_to_in_order(waiting):
     put, run = waiting
     terms, total = numbered(0)
@@ -150,6 +159,7 @@ def test_what_may_wait(monkeypatch):
         assert not grouped.product_takes(grad, x, total)
     assert not grouped.product_takes(grad.float(), x.float(), total)
     assert not grouped.product_takes(grad, x.bfloat16(), total)
+    assert not grouped.product_takes(grad, x, total.double())  # of a float64 parameter under autocast
     assert not grouped.product_takes(grad[:, 8:], x, total[8:])  # not contiguous
     assert not grouped.product_takes(grad[:0], x[:0], total)
     odd = torch.randn(4, 12, dtype=F16)
@@ -160,6 +170,7 @@ def test_what_may_wait(monkeypatch):
     terms, sums = torch.randn(6, 2, 16), [torch.zeros(16), torch.zeros(16)]
     assert grouped.sums_take(terms, sums)
     assert not grouped.sums_take(terms, [sums[0], None])  # the other is returned
+    assert not grouped.sums_take(terms, [s.double() for s in sums])
     assert not grouped.sums_take(terms[..., :8], [s[:8] for s in sums])
     assert not grouped.sums_take(terms.mT, [torch.zeros(2)] * 16)
     assert not grouped.sums_take(terms[:0], sums)

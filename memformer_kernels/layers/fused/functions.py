@@ -184,6 +184,5 @@ def _column_sums(terms: Tensor, *totals: Grad) -> tuple[Grad, ...]:
     if not grouped.sums_take(terms, totals):
         return kernels.column_sums(terms, *totals)
     for i, total in enumerate(totals):
-        if total is not None:
-            put_off(grouped.column_sums, terms[:, i], total)
+        put_off(grouped.column_sums, terms[:, i], total)
     return (None,) * len(totals)

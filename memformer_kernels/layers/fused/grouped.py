@@ -146,12 +146,13 @@ def product_takes(grad: Tensor, x: Tensor, total: Tensor) -> bool:
     """Whether the product may wait for others: 16 bits, little work, 16 bytes at a time."""
     same = grad.dtype == x.dtype and grad.dtype.itemsize == 2
     little = 0 < len(grad) * total.numel() <= MOST_WORK
-    return same and little and all(t.is_contiguous() and _aligned(t) for t in (grad, x, total))
+    wide = total.dtype == torch.float32
+    return same and little and wide and all(t.is_contiguous() and _aligned(t) for t in (grad, x, total))
 
 
 def sums_take(terms: Tensor, totals: Sequence[Tensor | None]) -> bool:
     """Whether the column sums of terms [rows, n, C] may wait for others, each for its total."""
-    if any(total is None for total in totals) or not 0 < len(terms) <= MOST_ROWS:
+    if any(total is None or total.dtype != torch.float32 for total in totals) or not 0 < len(terms) <= MOST_ROWS:
         return False
     return terms.stride()[1:] == (terms.shape[2], 1) and all(map(_aligned, (terms, *totals)))
 
