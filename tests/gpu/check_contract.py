@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 import triton
 import triton_contract
+import triton_errors
 from processes import jobs, run_checks, run_here, tell
 
-CHECKS = {check.name: check for check in triton_contract.CHECKS}
+CHECKS = {check.name: check for module in (triton_contract, triton_errors) for check in module.CHECKS}
 
 GUARANTEE = {  # of a check, by how its name begins; of those of `check_triton.py` too
     "bound": "G1",
@@ -51,6 +52,8 @@ GUARANTEE = {  # of a check, by how its name begins; of those of `check_triton.p
     "mixed devices": "G12",
     "two devices": "G12",
     "threads": "G13",
+    "errors": "G14",
+    "auto tells": "G14",
     "compile": "G15",
     "opcheck": "G15",
 }
