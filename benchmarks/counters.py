@@ -84,7 +84,8 @@ def parse(text: str) -> list[dict]:
         for name, patterns in COUNTERS.items():
             kernel[name] = next((v for p in patterns if (v := _largest(values, p)) is not None), None)
         if kernel["us"] is not None:
-            kernel["us"] *= MICROSECONDS[dict(zip(header, units, strict=True))["gpu__time_duration.sum"]]
+            unit = dict(zip(header, units, strict=True))["gpu__time_duration.sum"]
+            kernel["us"] = round(kernel["us"] * MICROSECONDS[unit], 3)
         local = [value for name, value in values.items() if LOCAL.fullmatch(name)]
         kernel["spilled"] = 32 * sum(local) if local else None
         stalls = {m[1]: value for name, value in values.items() if (m := STALL.fullmatch(name))}
@@ -158,6 +159,31 @@ def profile(ncu: str, options: argparse.Namespace) -> tuple[str, list[dict]]:
     return calls["gpu"], [call | kernel for call, kernel in zip(launched, kernels, strict=True)]
 
 
+def joined(before: dict, report: dict) -> dict:
+    """`report`, with what `before` has of other calls; a ValueError where they are not of one machine and version."""
+    for name in ("gpu", "torch", "triton", "ncu", "dtype"):
+        if before[name] != report[name]:
+            raise ValueError(f"the figures there are of {name} {before[name]}, these of {report[name]}")
+    again = {_call(row) for row in report["counters"]}
+    return {
+        **report,
+        "command": "; ".join(dict.fromkeys([*before["command"].split("; "), report["command"]])),
+        "counters": [row for row in before["counters"] if _call(row) not in again] + report["counters"],
+    }
+
+
+def _call(row: dict) -> tuple[str, str, str]:
+    return row["op"], row["shape"], row["pass"]
+
+
+def asked(shapes: list[str], passes: list[str]) -> str:
+    """The command that measures them, without where it writes."""
+    words = ["python", "benchmarks/counters.py"]
+    words += ["--shapes", *shapes] if shapes != list(SHAPES) else []
+    words += ["--passes", *passes] if passes != list(PASSES) else []
+    return shlex.join(words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help="an op and its sizes")
@@ -174,21 +200,24 @@ def main() -> None:
     if ncu is None:
         sys.exit(f"counters: {options.ncu} is not here; it comes with CUDA, as Nsight Compute")
     gpu, rows = profile(ncu, options)
-    before = json.loads(options.out.read_text())["counters"] if options.out and options.out.exists() else []
-    again = {(row["op"], row["shape"], row["pass"]) for row in rows}
     version = subprocess.run([ncu, "--version"], capture_output=True, text=True).stdout.split("Version")[-1].strip()
     report = {
-        "command": shlex.join(["python", "benchmarks/counters.py", *sys.argv[1:]]),
+        "command": asked(options.shapes, options.passes),
         "gpu": gpu,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "ncu": version,
         "dtype": "bfloat16",
-        "counters": [row for row in before if (row["op"], row["shape"], row["pass"]) not in again] + rows,
+        "counters": rows,
     }
     for row in rows:
         print(json.dumps(row), flush=True)
     if options.out:
+        if options.out.exists():
+            try:
+                report = joined(json.loads(options.out.read_text()), report)
+            except ValueError as error:
+                sys.exit(f"counters: {options.out} is left as it is: {error}")
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

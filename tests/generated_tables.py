@@ -155,6 +155,26 @@ def memory_forget() -> str:
     return _of_op("memory_forget", "memory_forget_bench_h200")
 
 
+def counters() -> str:
+    """Of each kernel that takes a fifth of a pass or more, which part of the GPU it keeps busy."""
+    found = sorted(_result("counters_h200")["counters"], key=lambda row: row["op"])
+    passes, rows = {}, []
+    for row in found:
+        call = row["op"], row["shape"], row["pass"]
+        passes[call] = passes.get(call, 0) + row["us"]
+    for row in found:
+        call = row["op"], row["shape"], row["pass"]
+        if row["us"] >= passes[call] / 5:
+            kernel = row["kernel"].removeprefix("_").removesuffix("_kernel").removeprefix(f"{row['op']}_")
+            shares = (f"{row[name]:.0f}" for name in ("dram", "l2", "tensor", "xu", "issue"))
+            reason, warps = max(row["stalls"].items(), key=lambda item: item[1])
+            stall = f"{reason.replace('_', ' ')} {warps:.1f}"
+            occupied = f"{row['us']:.1f}", f"{row['registers']:.0f}", f"{row['occupancy']:.1f}"
+            rows.append((*call, kernel.replace("_", " "), *occupied, *shares, f"{row['spilled'] / 1e6:.0f}", stall))
+    shares = ("occupancy", "DRAM", "L2", "tensor", "XU", "issue")
+    return _table(("op", "shape", "pass", "kernel", "us", "registers", *shares, "spilled MB", "largest stall"), rows)
+
+
 def memory_gain() -> str:
     rows = []
     for length in (32, 64, 128):
@@ -210,7 +230,7 @@ TABLES = {
     f.__name__: f
     for f in (
         *(support, rollouts, rollout_runs, paper_replay, replay_memory, streaming, operations),
-        *(accelerated, cross_attention),
+        *(accelerated, cross_attention, counters),
         *(memory_read, memory_write, memory_forget, memory_gain, contract, contract_figures, mutants),
     )
 }

@@ -27,8 +27,8 @@ COLUMNS = {
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": ("%", "61.7", "n/a"),
     "sm__warps_active.avg.pct_of_peak_sustained_active": ("%", "18.5", "90"),
     "launch__registers_per_thread": ("register/thread", "255", "32"),
-    "l1tex__t_sectors_pipe_lsu_mem_local_op_ld.sum": ("sector", "1,000", "0"),
-    "l1tex__t_sectors_pipe_lsu_mem_local_op_st.sum": ("sector", "24", "0"),
+    "l1tex__t_sectors_pipe_lsu_mem_local_op_ld.sum": ("sector", "1,000,000", "0"),
+    "l1tex__t_sectors_pipe_lsu_mem_local_op_st.sum": ("sector", "24,000", "0"),
     f"{STALLED}_wait_per_issue_active.ratio": ("inst", "1.25", "0.5"),
     f"{STALLED}_math_pipe_throttle_per_issue_active.ratio": ("inst", "2.5", "0"),
     f"{STALLED}_long_scoreboard_per_issue_active.ratio": ("inst", "0.75", "9"),
@@ -65,7 +65,7 @@ def test_the_report_of_ncu_is_read(counters):
         "issue": None,
         "occupancy": 18.5,
         "registers": 255,
-        "spilled": 1024 * 32,
+        "spilled": 1_024_000 * 32,
         "stalls": {"math_pipe_throttle": 2.5, "wait": 1.25, "long_scoreboard": 0.75},
     }
     assert added["kernel"] == "sum_partials_kernel" and added["xu"] is None and added["spilled"] == 0
@@ -88,8 +88,27 @@ def test_the_figures_are_a_page(counters, tmp_path):
     (tmp_path / "counters.json").write_text(json.dumps(content))
     written, skipped = page.write(tmp_path, tmp_path / "page")
     assert not skipped
-    line = "| 105.7 | 42 | 22 | 48 | 62 | - | - | - | 18 | 255 | 32768 | math pipe throttle 2.5, wait 1.2, long"
+    line = "| memory_read | B64 L512 M512 H8 D64 | forward | _memory_read_forward_kernel "
+    line += "| 105.7 | 42 | 22 | 48 | 62 | - | - | - | 18 | 255 | 32.8 | math pipe throttle 2.5, wait 1.2, long"
     assert line in written[0].read_text()
+
+
+def test_figures_of_other_calls_are_kept_and_those_of_the_same_replaced(counters):
+    of = dict.fromkeys(("gpu", "torch", "triton", "ncu", "dtype"), "1")
+    forward, backward = ({"op": "memory_read", "shape": "B1", "pass": which, "us": 1.0} for which in counters.PASSES)
+    before = of | {"command": "first; second", "counters": [forward, backward]}
+    after = of | {"command": "second", "counters": [forward | {"us": 2.0}]}
+    assert counters.joined(before, after) == before | {"counters": [backward, forward | {"us": 2.0}]}
+    assert counters.joined(before, after | {"command": "third"})["command"] == "first; second; third"
+    with pytest.raises(ValueError, match="are of triton 1, these of 2"):
+        counters.joined(before, after | {"triton": "2"})
+
+
+def test_the_command_says_what_was_asked_for(counters):
+    every = list(counters.SHAPES), list(counters.PASSES)
+    assert counters.asked(*every) == "python benchmarks/counters.py"
+    said = counters.asked(["memory_read B=1 L=8"], ["forward"])
+    assert said == "python benchmarks/counters.py --shapes 'memory_read B=1 L=8' --passes forward"
 
 
 def test_without_a_gpu_or_ncu_it_says_so(counters, monkeypatch):

@@ -71,17 +71,16 @@ def _op_row(row: dict) -> tuple:
 def _counters(files: dict[str, dict], out: Path) -> Iterable[Part]:
     for name, content in files.items():
         text = _head(f"Hardware counters: {name}", content)
-        text += (
-            "Per cent of the peak; spilled: bytes to and from local memory; warps that wait at an issue, by reason.\n\n"
-        )
+        text += "Per cent of the peak. Spilled: to and from local memory. Stalls: warps that wait at an issue.\n\n"
         percent = ("dram", "l2", "tensor", "xu", "fma", "alu", "issue", "occupancy")
         rows = []
         for row in content["counters"]:
             stalls = ", ".join(f"{reason.replace('_', ' ')} {count:.1f}" for reason, count in row["stalls"].items())
             figures = _number(row["us"], ".1f"), *(_number(row[column], ".0f") for column in percent)
-            last = _number(row["registers"], ".0f"), _number(row["spilled"], ".0f"), stalls or "-"
-            rows.append((row["shape"], row["pass"], row["kernel"], *figures, *last))
-        header = ("shape", "pass", "kernel", "us", *percent, "registers", "spilled", "stalls")
+            spilled = None if row["spilled"] is None else row["spilled"] / 1e6
+            last = _number(row["registers"], ".0f"), _number(spilled, ".1f"), stalls or "-"
+            rows.append((row["op"], row["shape"], row["pass"], row["kernel"], *figures, *last))
+        header = ("op", "shape", "pass", "kernel", "us", *percent, "registers", "spilled MB", "stalls")
         yield text + _table(header, rows), []
 
 
