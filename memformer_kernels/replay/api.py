@@ -140,7 +140,7 @@ def _replay(
     else:
         modules = modules_of(cell)
     surroundings = Surroundings.of(modules, Tree.of((segments, state)).tensors(), random_sources)
-    parameters = surroundings.modules.parameters()
+    parameters = surroundings.modules.parameters
     budget = budget_in_bytes(activation_budget, surroundings.devices)
     # a gradient scaler's factor arrives with the backward, too late for a gradient in float16 that is made before
     readout = isinstance(cell, StagedCell) and cell.readout is not None
