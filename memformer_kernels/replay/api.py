@@ -139,34 +139,37 @@ def _replay(
         captured, modules, cell = None if strict or random_sources else cell, cell.modules, cell.cell
     else:
         modules = modules_of(cell)
-    surroundings = Surroundings.of(modules, Tree.of((segments, state)).tensors(), random_sources)
-    parameters = surroundings.modules.parameters()
+    given = Tree.of((segments if captured is None else captured.chunks(segments), state))
+    surroundings = Surroundings.of(modules, given.tensors(), random_sources)
+    parameters = surroundings.modules.parameters
     budget = budget_in_bytes(activation_budget, surroundings.devices)
     # a gradient scaler's factor arrives with the backward, too late for a gradient in float16 that is made before
     readout = isinstance(cell, StagedCell) and cell.readout is not None
     early = weight if readout and torch.is_grad_enabled() and not surroundings.autocast.to(torch.float16) else None
     versions = dict(zip(parameters, versions_of(parameters), strict=True))
 
-    def rollout(parts: Parts, segments: list, weight: float | None) -> tuple[Any, Any]:
+    def rollout(parts: Parts, given: Tree, weight: float | None) -> tuple[Any, Any]:
         if torch.is_grad_enabled():
             with sharded.refused(surroundings.modules.owners):
-                return differentiable(Passes(parts, surroundings, budget, weight), versions, segments, state)
+                return differentiable(Passes(parts, surroundings, budget, weight), versions, given)
         with surroundings.kept_if_raises():
-            return run_parts(NoTape(), parts, segments, state, budget=budget)
+            return run_parts(NoTape(), parts, *given.whole(), budget=budget)
 
     if captured is not None and captured.takes(surroundings.devices):
         options = dict(budget=budget, asked=activation_budget, weight=early)
         part = captured.part(surroundings, parameters, **options)
         try:
-            chunks, final = rollout(Parts(part), captured.chunks(segments), None)
+            chunks, final = rollout(Parts(part), given, None)
         except NotCapturable as error:
             captured.give_up(error)
         else:
             if early is not None:
                 return functools.reduce(torch.add, chunks), final
             return _reduced([output for chunk in chunks for output in chunk], weight), final
+    if captured is not None:
+        given = Tree.of((segments, state))
     parts = python_parts(cell, surroundings, budget, strict=strict)
-    outputs, final = rollout(parts, segments, early)
+    outputs, final = rollout(parts, given, early)
     return outputs if early is not None else _reduced(outputs, weight), final
 
 

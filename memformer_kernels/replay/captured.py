@@ -156,6 +156,7 @@ class CapturedRollout:
     def run(self, label: str, arguments: Tree, left: int) -> tuple[Tree, _Record]:
         capture = self._capture(arguments)
         result, random = capture.run(arguments)
+        self.parameters += capture.parameters  # while the GPU runs; `Tape.close` takes each once
         return result, _Record(capture, random, self.store.pending)
 
     def pull(self, record: _Record, arguments: Tree, grads: Grads, totals: Totals) -> Grads:
@@ -176,8 +177,6 @@ class CapturedRollout:
             self.store.pending = None
             capture = _Capture(self, form, arguments)
             self.store.captures.append(capture)
-        known = {id(p) for p in self.parameters}
-        self.parameters += [p for p in capture.parameters if id(p) not in known]
         return capture
 
 

@@ -232,9 +232,8 @@ class Passes:
         return [table.take(n) for n in self.reads], totals
 
 
-def differentiable(passes: Passes, versions: dict[Tensor, int], segments: list[Any], state: Any) -> tuple[Any, Any]:
-    """A rollout as one node of the autograd graph: outputs and last state."""
-    given = Tree.of((segments, state))
+def differentiable(passes: Passes, versions: dict[Tensor, int], given: Tree) -> tuple[Any, Any]:
+    """A rollout of `(segments, state)` as one node of the autograd graph: outputs and last state."""
     with passes.surroundings.kept_if_raises():
         result = passes.forward(given, versions)
     returned = _Replay.apply(passes, result.tensors(), *given.tensors(), *passes.tape.parameters)

@@ -101,7 +101,7 @@ class Autocast:
 
 
 class ModuleState:
-    """What a cell's modules hold besides parameters: buffers, and whether they train or evaluate.
+    """What a cell's modules hold: parameters, which they keep; buffers, and whether they train or evaluate.
 
     A buffer that needs a gradient is a leaf like a parameter, and not among them.
     """
@@ -111,11 +111,9 @@ class ModuleState:
         self.places = [
             (m, name) for m in self.owners for name, b in m._buffers.items() if b is not None and not b.requires_grad
         ]
+        found = {id(p): p for m in self.owners for p in m._parameters.values() if p is not None and not is_lazy(p)}
+        self.parameters = list(found.values())
         self._recorded: tuple[list[Tensor], list[int], list[Tensor]] = ([], [], [])
-
-    def parameters(self) -> list[Tensor]:
-        found = (p for owner in self.owners for p in owner._parameters.values() if p is not None and not is_lazy(p))
-        return list({id(p): p for p in found}.values())
 
     def buffers(self) -> list[Tensor]:
         return [module._buffers[name] for module, name in self.places]
@@ -185,7 +183,7 @@ class Surroundings:
     def of(cls, modules: Sequence[nn.Module], given: Iterable[Tensor], sources: Sequence[Any] = ()) -> "Surroundings":
         """As they stand: of a cell's modules, the tensors that it is given, and other sources of randomness."""
         state = ModuleState(modules)
-        devices = tuple(sorted({t.device for t in (*given, *state.parameters())}, key=str))
+        devices = tuple(sorted({t.device for t in (*given, *state.parameters)}, key=str))
         return cls(devices, RandomState(devices, sources), Autocast.now(devices), state)
 
     @contextlib.contextmanager
@@ -235,9 +233,9 @@ def _with_children(modules: Sequence[nn.Module]) -> list[nn.Module]:
     pending = list(modules)
     while pending:
         module = pending.pop()
-        if id(module) not in found:
+        if module is not None and id(module) not in found:
             found[id(module)] = module
-            pending += [child for child in module._modules.values() if child is not None]
+            pending += module._modules.values()
     return list(found.values())
 
 
