@@ -101,11 +101,18 @@ def config(kernel: str, device: torch.device, itemsize: int, block_d: int, block
         block_d: channels of a head's tile.
         block_m: slots of a tile, for kernels that are tuned for each; 0 for others.
     """
-    sm, row = architecture(device), row_name(itemsize, block_d, block_m)
-    for table in (_user_table, _table(sm)):
+    measured = measured_config(kernel, device, itemsize, block_d, block_m)
+    sensible = _sensible_16_bits if itemsize == 2 else _sensible_32_bits
+    return measured or sensible(kernel, architecture(device), block_d, block_m)
+
+
+def measured_config(kernel: str, device: torch.device, itemsize: int, block_d: int, block_m: int) -> dict[str, int]:
+    """The same, but empty where there is no row: for kernels that run only where they were measured to be ahead."""
+    row = row_name(itemsize, block_d, block_m)
+    for table in (_user_table, _table(architecture(device))):
         if row in table.get(kernel, {}):
             return dict(table[kernel][row])
-    return (_sensible_16_bits if itemsize == 2 else _sensible_32_bits)(kernel, sm, block_d, block_m)
+    return {}
 
 
 def row_name(itemsize: int, block_d: int, block_m: int) -> str:

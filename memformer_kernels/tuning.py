@@ -23,11 +23,13 @@ from memformer_kernels import tiles
 from memformer_kernels.ops.memory_read import triton as read
 from memformer_kernels.ops.memory_write import triton as write
 
+HOPPER = "memory_read_forward_hopper"  # runs only where it has a row
 SPACES = {
     "memory_read_forward_resident": dict(
         BLOCK_L=(64, 128), chunk=(256, 512, 1024), num_warps=(4, 8), num_stages=(1, 2, 3)
     ),
     "memory_read_forward": dict(BLOCK_L=(64, 128), BLOCK_M=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)),
+    HOPPER: dict(BLOCK_L=(64, 128), BLOCK_M=(64, 128), chunk=(512, 1024, 2048), num_warps=(4, 8)),
     "memory_read_backward_resident": dict(BLOCK_L=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)),
     "memory_write_forward_attend": dict(BLOCK_L=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)),
     "memory_write_backward_resident": dict(BLOCK_L=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)),
@@ -54,10 +56,10 @@ class Problem:
     def row(self) -> str:
         block_d = tiles.head_block(self.width)
         block_m = tiles.slot_tile(self.slots, 2, block_d, torch.device("cuda", 0)) if self.kernel in RESIDENT else 0
-        return tiles.row_name(2, block_d, block_m)
+        return tiles.row_name(2, block_d, self.slots if self.kernel == HOPPER else block_m)
 
     def sizes(self) -> dict[str, int]:
-        many = self.slots > 128
+        many = self.slots > 256
         if self.width <= 64:
             return dict(batch=32, heads=16, tokens=1024) if many else dict(batch=64, heads=8, tokens=512)
         return dict(batch=8, heads=16, tokens=4096)
@@ -66,11 +68,20 @@ class Problem:
         space = SPACES[self.kernel]
         for values in itertools.product(*space.values()):
             yield dict(zip(space, values, strict=True))
+        if self.kernel == HOPPER:
+            yield {}  # the kernel that would run without it
+
+    def use(self, candidate: dict[str, int]) -> None:
+        """From now on the kernel runs with `candidate`, and no other in its place."""
+        tiles.use_rows({HOPPER: {self.row: {}}, self.kernel: {self.row: candidate}})
 
 
 def problems(widths: tuple[int, ...] = (64, 128)) -> list[Problem]:
     resident = [Problem(kernel, d, m) for kernel in RESIDENT for d in widths for m in (16, 32, 64, 128)]
-    return resident + [Problem(kernel, d, 1024) for kernel in SPACES if kernel not in RESIDENT for d in widths]
+    others = [Problem(kernel, d, 1024) for kernel in SPACES if kernel not in (*RESIDENT, HOPPER) for d in widths]
+    if tiles.architecture(torch.device("cuda", 0)) == 90:
+        others += [Problem(HOPPER, d, m) for d in widths for m in (128, 256)]
+    return resident + others
 
 
 def calls(problem: Problem, batch: int | None = None) -> Callable[[], object]:
@@ -106,7 +117,7 @@ def calls(problem: Problem, batch: int | None = None) -> Callable[[], object]:
 
 def try_one(problem: Problem, candidate: dict[str, int]) -> str | None:
     """Compiles a candidate into Triton's cache on disk and runs it once; the error where it cannot run."""
-    tiles.use_rows({problem.kernel: {problem.row: candidate}})
+    problem.use(candidate)
     try:
         calls(problem, batch=1)()
         torch.cuda.synchronize()
@@ -159,10 +170,10 @@ def tune(rows: list[Problem], jobs: int, report: Callable[[str], None], progress
             call = calls(problem)
             for candidate in problem.candidates():
                 if _without_chunk(candidate) in usable:
-                    tiles.use_rows({problem.kernel: {problem.row: candidate}})
+                    problem.use(candidate)
                     times.append((microseconds(call), candidate))
             times.sort(key=lambda pair: pair[0])
-            if times:
+            if times and times[0][1]:
                 table.setdefault(problem.kernel, {})[problem.row] = times[0][1]
                 report(f"{problem.kernel:32} {problem.row:24} {times[0][0]:8.1f} us of {len(times)}: {times[0][1]}")
             measured[f"{problem.kernel} {problem.row}"] = times

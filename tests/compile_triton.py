@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from memformer_kernels import launch, tiles
 from memformer_kernels.layers.fused import grouped, segment_attention
@@ -79,7 +80,8 @@ def source(kernel, arguments, constants):
             constexprs[i,] = constants[parameter.name]
         else:
             signature[parameter.name] = describe(arguments[i], (i,), not parameter.do_not_specialize)
-    return ASTSource(kernel, signature, constexprs, attributes), options
+    source_of = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return source_of(kernel, signature, constexprs, attributes), options
 
 
 def facts(kernel, arguments, constants, architecture):
@@ -165,7 +167,7 @@ SHAPES = (
     (256, 64, 500, False),
 )
 WIDE_SHAPES = ((64, 16, 512, False), (64, 128, 4096, False), (128, 32, 512, False), (128, 128, 4096, False))
-WIDE_SHAPES += ((128, 300, 4096, False), (64, 128, 5000, False))
+WIDE_SHAPES += ((128, 300, 4096, False), (64, 128, 5000, False), (64, 256, 512, False), (128, 200, 4096, False))
 
 
 def report(architectures):

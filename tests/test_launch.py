@@ -162,6 +162,58 @@ def test_a_table_decides_how_the_next_call_is_launched(triton, agree):
         tiles.use_rows({})
 
 
+HOPPER = {"BLOCK_L": 64, "BLOCK_M": 128, "chunk": 512, "num_warps": 4}
+
+
+@pytest.fixture
+def read_plan(monkeypatch):
+    """`plan(query, key, ...)` of a read as it would be on Hopper, where the kernel in Gluon has a row."""
+    pytest.importorskip("triton.experimental.gluon")
+    read = importlib.import_module("memformer_kernels.ops.memory_read.triton")
+    monkeypatch.setattr(read, "_hopper_tiles", lambda *_: dict(HOPPER))
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
+    launch.forget_plans()
+
+    def plan(query, key, aligned=True, slot_mask=None):
+        strides = query.stride(), key.stride(), key.stride(), None if slot_mask is None else slot_mask.stride()
+        dtype, options = torch.bfloat16, (0.125, False, aligned, False)
+        return read._forward_plan(query.shape, key.shape[2], *strides, dtype, DEVICE, *options)
+
+    yield plan
+    launch.forget_plans()
+
+
+def virtual(*shape):
+    return torch.empty(shape, device="meta")
+
+
+@pytest.mark.guarantee("G10", "G11")
+def test_gluon_takes_what_it_can_copy_16_bytes_at_a_time(read_plan):
+    query, key = virtual(64, 8, 512, 64), virtual(64, 8, 200, 64)
+    takes, run = read_plan(query, key)
+    assert takes and run.kernel.__name__ == "_memory_read_forward_hopper_kernel"
+    assert run.programs == 64 * 8 and run.constants["TILES"] == 2 and not run.constants["ALL_SLOTS"]
+    for what, arguments in {
+        "an odd address": (query, key, False),
+        "channels apart": (query.transpose(2, 3).contiguous().transpose(2, 3), key),
+        "rows 72 elements apart": (virtual(64, 8, 512, 72)[..., :64], key),
+        "heads of 60 channels": (query[..., :60], key[..., :60]),
+        "rows too far apart for 32 bits": (
+            torch.empty_strided((1, 8, 8, 64), (0, 64, 2**24, 1), device="meta"),
+            key[:1],
+        ),
+    }.items():
+        _, run = read_plan(*arguments)
+        assert run.kernel.__name__ == "_memory_read_forward_kernel", what
+        assert run.constants["BLOCK_M"] == HOPPER["BLOCK_M"], f"{what}: other tiles of slots, other bits"
+
+
+@pytest.mark.parametrize("batch, heads, tokens, programs", [(64, 8, 512, 512), (1, 16, 4096, 256), (1, 1, 1000, 16)])
+def test_gluon_has_a_program_for_every_multiprocessor(read_plan, batch, heads, tokens, programs):
+    _, run = read_plan(virtual(batch, heads, tokens, 64), virtual(batch, heads, 256, 64))
+    assert run.programs == programs and run.constants["ALL_SLOTS"]
+
+
 def test_every_measured_row_is_a_candidate_of_the_tuner():
     table = tiles._table(90)
     assert set(table) == set(tuning.SPACES)

@@ -63,6 +63,12 @@ def test_every_kernel_is_compiled(kernels):
     }
 
 
+def test_slots_in_shared_memory_are_for_hopper_alone(kernels):
+    hopper = [row for row in kernels if row["kernel"] == "_memory_read_forward_hopper_kernel"]
+    assert bool(hopper) == (kernels[0]["architecture"] == 90)
+    assert all(row["dtype"] == "bfloat16" for row in hopper)
+
+
 def test_shared_and_tensor_memory_fit(kernels):
     for row in kernels:
         assert row["shared"] <= SHARED_MEMORY[row["architecture"]] * 1024, row

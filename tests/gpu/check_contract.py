@@ -45,6 +45,7 @@ GUARANTEE = {  # of a check, by how its name begins; of those of `check_triton.p
     "many rows": "G10",
     "empty": "G10",
     "layouts": "G11",
+    "gluon": "G11",
     "graph capture": "G12",
     "streams": "G12",
     "side streams": "G12",

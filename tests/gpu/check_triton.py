@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import triton
 import triton_accuracy
+import triton_hopper
 import triton_machine
 import triton_sanitizer
 import triton_values
@@ -25,7 +26,7 @@ from processes import jobs, run_checks, run_here, tell
 
 CHECKS = {
     check.name: check
-    for module in (triton_sanitizer, triton_accuracy, triton_machine, triton_values)
+    for module in (triton_sanitizer, triton_accuracy, triton_hopper, triton_machine, triton_values)
     for check in module.CHECKS
 }
 

@@ -1,6 +1,7 @@
 """`memory_read` in Triton: its limits, its plans, its buffers. The mathematics stands beside the kernels."""
 
 import torch
+import triton
 from torch import Tensor
 
 from memformer_kernels import launch, tiles
@@ -13,6 +14,11 @@ from memformer_kernels.ops.per_head import new_per_head
 from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_attention import attention_backward_keys_kernel, attention_backward_rows_kernel
 from memformer_kernels.triton_helpers import LOG2_E
+
+try:
+    from memformer_kernels.ops.memory_read.triton.hopper import _memory_read_forward_hopper_kernel
+except (ImportError, AttributeError):  # Gluon is an experimental part of Triton
+    _memory_read_forward_hopper_kernel = None
 
 
 def unsupported_reason(
@@ -35,19 +41,56 @@ def _strides(mask: Tensor | None) -> tuple[int, int] | None:
     return None if mask is None else mask.stride()
 
 
+def _hopper_tiles(slots: int, block_d: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """Tiles of the kernel in Gluon, for the numbers of slots for which it is ahead; else nothing."""
+    if _memory_read_forward_hopper_kernel is None or triton.knobs.runtime.interpret or dtype.itemsize != 2:
+        return {}
+    return tiles.measured_config("memory_read_forward_hopper", device, 2, block_d, triton.next_power_of_2(slots))
+
+
+def _hopper_takes(shape, aligned: bool, *strides: tuple[int, ...]) -> bool:
+    """Whether tiles can be copied 16 bytes at a time, with offsets of 32 bits inside a tile."""
+    vectors = all(s[3] == 1 and all(n % 16 == 0 for n in s[:3]) and abs(s[2]) < 2**24 for s in strides)
+    return aligned and vectors and shape[3] % 8 == 0 and shape[1] * shape[3] < 2**24
+
+
 @launch.planned
 def _forward_plan(
-    shape, slots, query_strides, key_strides, value_strides, mask_strides, dtype, device, scale, allow_tf32, save
+    shape,
+    slots,
+    query_strides,
+    key_strides,
+    value_strides,
+    mask_strides,
+    dtype,
+    device,
+    scale,
+    allow_tf32,
+    aligned,
+    save,
 ) -> tuple[bool, launch.Launcher]:
-    """`(whether the slots come in several tiles, launcher)`."""
+    """`(whether the kernel takes log_sum_exp and rounding, launcher)`."""
     B, H, L, D = shape
     block_d = tiles.head_block(D)
     block_m = tiles.slot_tile(slots, dtype.itemsize, block_d, device)
     strides = query_strides, key_strides, value_strides, mask_strides or (0, 0)
-    constants = {"D": D, "BLOCK_D": block_d, "PRECISION": "tf32" if allow_tf32 else "ieee"}
+    constants = {"D": D, "BLOCK_D": block_d}
     arguments = *strides, scale * LOG2_E, L, slots, H
+    hopper = _hopper_tiles(slots, block_d, dtype, device)
+    if hopper and _hopper_takes(shape, aligned, *strides[:3]):
+        chunk = hopper.pop("chunk")
+        while chunk > hopper["BLOCK_L"] and -(-L // chunk) * B * H < tiles.multiprocessors(device):
+            chunk //= 2  # a token's result does not depend on it
+        slot_tiles = -(-slots // hopper["BLOCK_M"])
+        all_slots = mask_strides is None and slots % hopper["BLOCK_M"] == 0
+        constants |= {"TILES": slot_tiles, "ALL_SLOTS": all_slots, **hopper}
+        programs, arguments = -(-L // chunk) * B * H, (*arguments, chunk)
+        return True, launch.Launcher(_memory_read_forward_hopper_kernel, programs, arguments, **constants)
+    constants["PRECISION"] = "tf32" if allow_tf32 else "ieee"
     if block_m < slots:
         config = tiles.config("memory_read_forward", device, dtype.itemsize, block_d)
+        if hopper:  # the same tiles of slots in any layout, and so the same bits
+            config |= {"BLOCK_L": 64, "BLOCK_M": hopper["BLOCK_M"]}
         programs = -(-L // config["BLOCK_L"]) * B * H
         all_slots = mask_strides is None and slots % config["BLOCK_M"] == 0
         constants["ALL_SLOTS"] = all_slots
@@ -65,15 +108,17 @@ def forward(
     """`(output, log_sum_exp, rounding)`: [B, H, L, D]; [B, H, L] in float32; [B, H, L, D]: what the rounding of the
     output took away. The last two are None where the backward needs none."""
     shape, slots = query.shape, key.shape[2]
-    strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
-    several_tiles, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, scale, allow_tf32, save)
     output, log_sum_exp, rounding = new_per_head(query, shape[2]), None, None
-    if several_tiles and save:
+    if save and saves_log_sum_exp(query, key):
         log_sum_exp = query.new_empty(shape[:3], dtype=torch.float32)
         rounding = new_per_head(query, shape[2]) if query.dtype != torch.float32 else None
     if output.numel() == 0 or slots == 0:
         return output.zero_(), log_sum_exp, rounding
-    if several_tiles:
+    strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
+    aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16 == 0
+    options = scale, allow_tf32, aligned, save
+    with_statistics, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, *options)
+    if with_statistics:
         run(query, key, value, slot_mask, output, log_sum_exp, rounding)
     else:
         run(query, key, value, slot_mask, output)
