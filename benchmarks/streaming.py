@@ -42,8 +42,12 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=200.0, help="of all series, default 200: enough for 4 M tokens"
     )
+    parser.add_argument(
+        "--only", default="", help="series whose name contains this, such as 'paper-replay, 16'; others in --out stay"
+    )
     options = parser.parse_args()
     out = options.out
+    series = [(preset, batch) for preset, batch in SERIES if options.only in f"{preset}, {batch} side by side"]
     started = time.perf_counter()
     machine = (
         torch.cuda.get_device_name() if GPU else "a CPU, which measures nothing: a tiny model, to show that it runs"
@@ -51,17 +55,28 @@ def main() -> None:
     print(f"on {machine}; torch {torch.__version__}")
     report = {"machine": machine, "torch": torch.__version__, "dtype": "bfloat16", "reading": [], "decoding": []}
     report["command"] = f"python benchmarks/streaming.py --seconds {options.seconds:g}"
-    for i, (preset, batch) in enumerate(SERIES):
-        model, seconds = make(preset), (options.seconds - (time.perf_counter() - started)) / (len(SERIES) - i)
+    for i, (preset, batch) in enumerate(series):
+        model, seconds = make(preset), (options.seconds - (time.perf_counter() - started)) / (len(series) - i)
         about = {"preset": preset, "config": dataclasses.asdict(model.config), "batch": batch}
         report["reading"].append({**about, **reading(model, batch, seconds)})
         report["decoding"].append({**about, **decoding(model, batch)})
         tell(report["reading"][-1], report["decoding"][-1])
     report["seconds"] = time.perf_counter() - started
     out.mkdir(parents=True, exist_ok=True)
+    if options.only and (out / "streaming.json").exists():
+        join(report, json.loads((out / "streaming.json").read_text()))
     (out / "streaming.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(report, out / "streaming.png")
     print(f"{report['seconds']:.0f} s; written: {out / 'streaming.json'}, {out / 'streaming.png'}")
+
+
+def join(report: dict, before: dict) -> None:
+    """Adds the series of an earlier run that this one left out."""
+    if (report["machine"], report["torch"]) != (before["machine"], before["torch"]):
+        raise SystemExit("streaming: the file in --out is of another machine or version; give another folder")
+    for kind in ("reading", "decoding"):
+        found = {(row["preset"], row["batch"]): row for row in before[kind] + report[kind]}
+        report[kind] = [found[series] for series in SERIES if series in found]
 
 
 def make(preset: str) -> Memformer | MemformerLM:

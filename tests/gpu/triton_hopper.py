@@ -9,7 +9,7 @@ from memformer_kernels.testing import cotangent, make_case
 
 SLOTS = (65, 96, 128, 129, 200, 256)
 TOKENS = (1, 63, 64, 1000, 2049)  # parts of a tile, and several programs for a head
-HIDDEN = (0, 0.3, 0, "one row", 1)
+HIDDEN = (0, 0.3, 0, 0.9, 1)
 
 
 def with_wide_rows(tensor):

@@ -166,7 +166,9 @@ def _memory_read_forward_hopper_kernel(
             _copy_tile(q.index(tile % 2), query, ahead, query_strides[2], ahead + tokens < left, D, loaded)
         async_copy.commit_group()
         s = warpgroup_mma_wait(1, [s_next])
-        inv_total = gl.convert_layout(1.0 / total, output_rows)
+        inv_total = 1.0 / total
+        if slot_mask is not None:
+            inv_total = gl.where(seen > 0, inv_total, 0.0)
         if log_sum_exp is not None:
             lse = top + gl.log2(total) / log2_scale
             if HIDES:
@@ -177,13 +179,13 @@ def _memory_read_forward_hopper_kernel(
         p, top, total, shrink = _weigh(s, keep, lowest, nothing, log2_scale, HIDES)
         weights = gl.convert_layout(p.to(dtype), of_weights)
         if first < left:  # always, as above
-            out = warpgroup_mma_wait(0, [summed]) * inv_total[:, None]
-            if HIDES:
-                out = gl.where(seen > 0, out, 0.0)
+            out = warpgroup_mma_wait(0, [summed]) * gl.convert_layout(inv_total, output_rows)[:, None]
             rounded = out.to(dtype)
             keep_rows = (first + rows < left)[:, None] & (channels < D)[None, :]
             offset = first.to(gl.int64) * (H * D)
             gl.store(output + offset + offsets, gl.convert_layout(rounded, stored), mask=keep_rows)
             if rounding is not None:
+                if HIDES:  # as in `forward.py`: there the product is not fused with the difference
+                    out = gl.where(seen > 0, out, 0.0)
                 lost = (out - rounded.to(gl.float32)).to(dtype)
                 gl.store(rounding + offset + offsets, gl.convert_layout(lost, stored), mask=keep_rows)
