@@ -10,6 +10,10 @@ class ForeignTensorError(RuntimeError):
     """A cell uses a tensor that was computed outside it and needs a gradient."""
 
 
+# the node of a leaf, by its type: names are made anew at every call
+_LEAF = type(torch.ones((), requires_grad=True).expand(1).grad_fn.next_functions[0][0])
+
+
 def graph_mark() -> int:
     """A number below those of all autograd nodes made after this call by this thread."""
     return torch.ones((), requires_grad=True).clone().grad_fn._sequence_nr()
@@ -27,7 +31,7 @@ def leaves_of(outputs: Iterable[Tensor], known: Iterable[Tensor], mark: int) -> 
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        if node.name().endswith("::AccumulateGrad"):
+        if type(node) is _LEAF:
             if id(node.variable) not in known_ids:
                 found.append(node.variable)
             continue

@@ -167,7 +167,8 @@ class ModuleState:
         for (module, name), buffer in zip(self.places, buffers, strict=True):
             module._buffers[name] = buffer
         for module, mode in zip(self.owners, modes, strict=True):
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 
 @dataclass(frozen=True)

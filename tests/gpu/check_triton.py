@@ -4,7 +4,7 @@
 
 Every check compares with float64, or bit for bit with another call. They run in processes of their own, several at a
 time: a fault of one cannot spoil another, and kernels are compiled side by side. All of them run; the exit status is 1
-if one failed. `DIRECTORY/triton_checks.json` holds the figures.
+if one failed. `DIRECTORY/triton_checks.json` holds the figures, and is written anew after every check.
 
 Without a GPU, `--device cpu` runs what the interpreter can, in float32 and float16.
 """
@@ -65,19 +65,23 @@ def main():
     on_gpu = options.device == "cuda"
     start = time.perf_counter()
     checks = {name: CHECKS[name] for name in names}
-    results = run_checks(__file__, checks, options.device, options.jobs or jobs(options.device), options.limit)
-    report = {
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "seconds": round(time.perf_counter() - start, 1),
-        "largest relative errors": largest_errors(results),
-        "checks": results,
-    }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "triton_checks.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    def write(results):
+        report = {
+            "gpu": torch.cuda.get_device_name() if on_gpu else None,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "seconds": round(time.perf_counter() - start, 1),
+            "largest relative errors": largest_errors(results),
+            "checks": results,
+        }
+        (options.out / "triton_checks.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    results = run_checks(__file__, checks, options.device, options.jobs or jobs(options.device), options.limit, write)
+    write(results)
     right = tell(results)
-    print(f"{report['seconds']} s on {report['gpu']}, torch {report['torch']}, triton {report['triton']}")
+    print(f"{time.perf_counter() - start:.0f} s")
     sys.exit(not right)
 
 

@@ -58,6 +58,7 @@ def run_in_process(script, checks, names, device, limit_s, report):
             environment["TRITON_CACHE_DIR"] = empty
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, **pipe, env=environment, start_new_session=True) as process:
+            _running.add(process)
             clock = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))  # with what it has started
             clock.start()
             for line in process.stdout:
@@ -70,9 +71,20 @@ def run_in_process(script, checks, names, device, limit_s, report):
                     break
             status = process.wait()
             clock.cancel()
+            _running.discard(process)
     if waiting and (result is None or result["passed"]):
         error = f"exit status {status}, {limit_s} s allowed: {''.join(said)[-2000:]}"
         report(waiting[0], {"passed": False, "error": error})
+
+
+_running = set()
+
+
+def _stop(*_):
+    """They must not go on alone, in the way of what is measured next."""
+    for process in tuple(_running):
+        os.killpg(process.pid, signal.SIGKILL)
+    os._exit(128 + signal.SIGTERM)
 
 
 def tell(results):
@@ -105,6 +117,7 @@ def run_checks(script, checks, device, jobs, limit_s, write=lambda results: None
             run_in_process(script, checks, group, device, limit_s, report)
             group = [name for name in group if name not in results]
 
+    signal.signal(signal.SIGTERM, _stop)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run_group, groups.values()))
     return {name: results[name] for name in checks}
