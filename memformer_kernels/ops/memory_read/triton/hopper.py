@@ -8,8 +8,8 @@ while the other is under way.
     for each tile of tokens, for each tile of slots i:
         issue s(i+1) and p(i) v(i); wait for s; softmax(i+1); wait for the other
 
-After the last tile of slots comes the first one, for the next tokens. Every warp has its own 16 rows of each 64, so
-that it meets the others only when tokens are loaded: two at a time, the next while this one is worked on.
+After the last tile of slots comes the first one, for the next tokens. Every warp has its own 16 rows of each 64, and
+meets the others only where a tile of tokens has arrived; the one after it is on its way.
 """
 
 from triton.experimental import gluon

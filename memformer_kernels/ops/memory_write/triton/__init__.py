@@ -104,6 +104,7 @@ def _forward_plan(
         B * M,
         (bias_strides or (0, 0), scale * LOG2_E, eps, 1 / eps, M, H, parts, group // at_once, B * M * H),
         D=D,
+        ONE_PART=parts == 1,
         GROUPED=group > 1,
         **tiles.heads_row(H, D),
     )

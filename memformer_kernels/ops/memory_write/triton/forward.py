@@ -82,12 +82,14 @@ def _memory_write_forward_attend_kernel(
     top = tl.where(is_first, own_logit, float("-inf"))
     total = tl.where(is_first, 1.0, tl.zeros([BLOCK_M], tl.float32))
     acc = own
+    begin = part * chunk * at_once
     seen = tl.full([], 0, tl.int32)
+    if token_mask is None:
+        seen = (begin < L).to(tl.int32)
     if GROUPED:  # of the chunks before this one
         all_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         all_total = tl.zeros([BLOCK_M], tl.float32)
         all_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = part * chunk * at_once
     for start in tl.range(begin, min(begin + chunk * at_once, L), BLOCK_L, num_stages=num_stages):
         if GROUPED:
             if (start > begin) & ((start - begin) % chunk == 0):
@@ -103,7 +105,8 @@ def _memory_write_forward_attend_kernel(
         visible = None
         if not ALL_TOKENS:
             visible = load_mask(token_mask, tokens, mask_strides[1], L)
-            seen = tl.maximum(seen, tl.max(visible.to(tl.int32), 0))
+            if token_mask is not None:
+                seen = tl.maximum(seen, tl.max(visible.to(tl.int32), 0))
         k = load_tile(key, tokens, key_strides[2], key_strides[3], visible, D, BLOCK_D)
         v = load_tile(value, tokens, value_strides[2], value_strides[3], visible, D, BLOCK_D)
         top, total, acc = attend(q, k, v, visible, top, total, acc, log2_scale, PRECISION)
@@ -139,6 +142,7 @@ def _memory_write_forward_combine_kernel(
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ONE_PART: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
     """One program a slot, all its heads."""
@@ -157,28 +161,29 @@ def _memory_write_forward_combine_kernel(
     best = tl.load(top + per_head, mask=in_heads, other=0.0)
     weight = tl.load(total + per_head, mask=in_heads, other=1.0)
     u = tl.load(acc + places, mask=inside, other=0.0)
-    if GROUPED:  # of the groups before this one
-        all_best = tl.full([BLOCK_H], float("-inf"), tl.float32)
-        all_weight = tl.zeros([BLOCK_H], tl.float32)
-        all_u = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for part in tl.range(1, parts, loop_unroll_factor=4):  # four loads under way at a time
-        top += part_rows
-        total += part_rows
-        acc += tl.cast(part_rows, tl.int64) * D
-        here = tl.load(top + per_head, mask=in_heads, other=0.0)
-        count = tl.load(total + per_head, mask=in_heads, other=0.0)
-        attended_here = tl.load(acc + places, mask=inside, other=0.0)
-        if GROUPED:  # without a branch, which would keep the loads apart
-            new = part % group == 0
-            with_group = merge(all_best, all_weight, all_u, best, weight, u, log2_scale)
-            all_best = tl.where(new, with_group[0], all_best)
-            all_weight = tl.where(new, with_group[1], all_weight)
-            all_u = tl.where(new, with_group[2], all_u)
-            best = tl.where(new, float("-inf"), best)
-            weight = tl.where(new, 0.0, weight)
-        best, weight, u = merge(best, weight, u, here, count, attended_here, log2_scale)
-    if GROUPED:
-        best, weight, u = merge(all_best, all_weight, all_u, best, weight, u, log2_scale)
+    if not ONE_PART:
+        if GROUPED:  # of the groups before this one
+            all_best = tl.full([BLOCK_H], float("-inf"), tl.float32)
+            all_weight = tl.zeros([BLOCK_H], tl.float32)
+            all_u = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+        for part in tl.range(1, parts, loop_unroll_factor=4):  # four loads under way at a time
+            top += part_rows
+            total += part_rows
+            acc += tl.cast(part_rows, tl.int64) * D
+            here = tl.load(top + per_head, mask=in_heads, other=0.0)
+            count = tl.load(total + per_head, mask=in_heads, other=0.0)
+            attended_here = tl.load(acc + places, mask=inside, other=0.0)
+            if GROUPED:  # without a branch, which would keep the loads apart
+                new = part % group == 0
+                with_group = merge(all_best, all_weight, all_u, best, weight, u, log2_scale)
+                all_best = tl.where(new, with_group[0], all_best)
+                all_weight = tl.where(new, with_group[1], all_weight)
+                all_u = tl.where(new, with_group[2], all_u)
+                best = tl.where(new, float("-inf"), best)
+                weight = tl.where(new, 0.0, weight)
+            best, weight, u = merge(best, weight, u, here, count, attended_here, log2_scale)
+        if GROUPED:
+            best, weight, u = merge(all_best, all_weight, all_u, best, weight, u, log2_scale)
     u = u * (1.0 / weight)[:, None]
     if attended is not None:
         tl.store(attended + places, u, mask=inside)
