@@ -190,8 +190,8 @@ def virtual(*shape):
 @pytest.mark.guarantee("G10", "G11")
 def test_gluon_takes_what_it_can_copy_16_bytes_at_a_time(read_plan):
     query, key = virtual(64, 8, 512, 64), virtual(64, 8, 200, 64)
-    takes, run = read_plan(query, key)
-    assert takes and run.kernel.__name__ == "_memory_read_forward_hopper_kernel"
+    saves, takes, run = read_plan(query, key)
+    assert takes and not saves and run.kernel.__name__ == "_memory_read_forward_hopper_kernel"
     assert run.programs == 64 * 8 and run.constants["TILES"] == 2 and not run.constants["ALL_SLOTS"]
     for what, arguments in {
         "an odd address": (query, key, False),
@@ -203,14 +203,14 @@ def test_gluon_takes_what_it_can_copy_16_bytes_at_a_time(read_plan):
             key[:1],
         ),
     }.items():
-        _, run = read_plan(*arguments)
+        *_, run = read_plan(*arguments)
         assert run.kernel.__name__ == "_memory_read_forward_kernel", what
         assert run.constants["BLOCK_M"] == HOPPER["BLOCK_M"], f"{what}: other tiles of slots, other bits"
 
 
 @pytest.mark.parametrize("batch, heads, tokens, programs", [(64, 8, 512, 512), (1, 16, 4096, 256), (1, 1, 1000, 16)])
 def test_gluon_has_a_program_for_every_multiprocessor(read_plan, batch, heads, tokens, programs):
-    _, run = read_plan(virtual(batch, heads, tokens, 64), virtual(batch, heads, 256, 64))
+    *_, run = read_plan(virtual(batch, heads, tokens, 64), virtual(batch, heads, 256, 64))
     assert run.programs == programs and run.constants["ALL_SLOTS"]
 
 

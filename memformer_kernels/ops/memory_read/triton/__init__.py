@@ -68,11 +68,12 @@ def _forward_plan(
     allow_tf32,
     aligned,
     save,
-) -> tuple[bool, launch.Launcher]:
-    """`(whether the kernel takes log_sum_exp and rounding, launcher)`."""
+) -> tuple[bool, bool, launch.Launcher]:
+    """`(whether log_sum_exp and rounding are saved, whether the kernel takes them, launcher)`."""
     B, H, L, D = shape
     block_d = tiles.head_block(D)
     block_m = tiles.slot_tile(slots, dtype.itemsize, block_d, device)
+    saves = save and block_m < slots
     strides = query_strides, key_strides, value_strides, mask_strides or (0, 0)
     constants = {"D": D, "BLOCK_D": block_d}
     arguments = *strides, scale * LOG2_E, L, slots, H
@@ -85,7 +86,7 @@ def _forward_plan(
         all_slots = mask_strides is None and slots % hopper["BLOCK_M"] == 0
         constants |= {"TILES": slot_tiles, "ALL_SLOTS": all_slots, **hopper}
         programs, arguments = -(-L // chunk) * B * H, (*arguments, chunk)
-        return True, launch.Launcher(_memory_read_forward_hopper_kernel, programs, arguments, **constants)
+        return saves, True, launch.Launcher(_memory_read_forward_hopper_kernel, programs, arguments, **constants)
     constants["PRECISION"] = "tf32" if allow_tf32 else "ieee"
     if block_m < slots:
         config = tiles.config("memory_read_forward", device, dtype.itemsize, block_d)
@@ -94,12 +95,13 @@ def _forward_plan(
         programs = -(-L // config["BLOCK_L"]) * B * H
         all_slots = mask_strides is None and slots % config["BLOCK_M"] == 0
         constants["ALL_SLOTS"] = all_slots
-        return True, launch.Launcher(_memory_read_forward_kernel, programs, arguments, **constants, **config)
+        return saves, True, launch.Launcher(_memory_read_forward_kernel, programs, arguments, **constants, **config)
     config = tiles.config("memory_read_forward_resident", device, dtype.itemsize, block_d, block_m)
     chunk = config.pop("chunk")
     constants |= {"BLOCK_M": block_m, "ALL_SLOTS": mask_strides is None and slots == block_m}
     programs, arguments = -(-L // chunk) * B * H, (*arguments, chunk)
-    return False, launch.Launcher(_memory_read_forward_resident_kernel, programs, arguments, **constants, **config)
+    run = launch.Launcher(_memory_read_forward_resident_kernel, programs, arguments, **constants, **config)
+    return saves, False, run
 
 
 def forward(
@@ -108,16 +110,16 @@ def forward(
     """`(output, log_sum_exp, rounding)`: [B, H, L, D]; [B, H, L] in float32; [B, H, L, D]: what the rounding of the
     output took away. The last two are None where the backward needs none."""
     shape, slots = query.shape, key.shape[2]
+    strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
+    aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16 == 0
+    options = scale, allow_tf32, aligned, save
+    saves, with_statistics, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, *options)
     output, log_sum_exp, rounding = new_per_head(query, shape[2]), None, None
-    if save and saves_log_sum_exp(query, key):
+    if saves:
         log_sum_exp = query.new_empty(shape[:3], dtype=torch.float32)
         rounding = new_per_head(query, shape[2]) if query.dtype != torch.float32 else None
     if output.numel() == 0 or slots == 0:
         return output.zero_(), log_sum_exp, rounding
-    strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
-    aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16 == 0
-    options = scale, allow_tf32, aligned, save
-    with_statistics, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, *options)
     if with_statistics:
         run(query, key, value, slot_mask, output, log_sum_exp, rounding)
     else:
