@@ -2,13 +2,14 @@
 
 import importlib
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from memformer_kernels import backend as backends
-from memformer_kernels import testing
+from memformer_kernels import launch, testing
 from memformer_kernels.testing import Case, Result, cotangent
 
 sys.path.append(str(Path(__file__).parents[1]))  # what the tests on the CPU share
@@ -56,6 +57,22 @@ def registered(op):
 
 def run(case, grad=None):
     return testing.run(case, grad_output=grad, function=registered(case.op))
+
+
+@contextmanager
+def launches():
+    """A list of the Triton kernels that are launched inside, by name."""
+    names, run_one = [], launch.Launcher.__call__
+
+    def named(self, *tensors):
+        names.append(self.kernel.__name__)
+        run_one(self, *tensors)
+
+    launch.Launcher.__call__ = named
+    try:
+        yield names
+    finally:
+        launch.Launcher.__call__ = run_one
 
 
 def infer(case):

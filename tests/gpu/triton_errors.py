@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_calls import MASKS, OPS, Check, differing, registered
+from triton_calls import MASKS, OPS, Check, differing, launches, registered
 
 import memformer_kernels
 from memformer_kernels import backend as backends
-from memformer_kernels import launch, testing
+from memformer_kernels import testing
 from memformer_kernels.testing import make_case
 
 
@@ -28,18 +28,8 @@ class _Operations(TorchDispatchMode):
 @contextmanager
 def watched():
     """A list of what runs inside: PyTorch's operations, ours among them, and launches of Triton kernels."""
-    seen, run = [], launch.Launcher.__call__
-
-    def named(self, *tensors):
-        seen.append(self.kernel.__name__)
-        run(self, *tensors)
-
-    launch.Launcher.__call__ = named
-    try:
-        with _Operations(seen):
-            yield seen
-    finally:
-        launch.Launcher.__call__ = run
+    with launches() as seen, _Operations(seen):
+        yield seen
 
 
 def refused(call, kind, form, where):

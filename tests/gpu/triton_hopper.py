@@ -1,9 +1,9 @@
 """The kernel in Gluon, which no interpreter runs: the same bits as Triton's, which take what it cannot."""
 
 import torch
-from triton_calls import Check, differing, run
+from triton_calls import Check, differing, launches, run
 
-from memformer_kernels import launch, tiles
+from memformer_kernels import tiles
 from memformer_kernels.ops.memory_read import triton as read
 from memformer_kernels.testing import cotangent, make_case
 
@@ -16,21 +16,6 @@ def with_wide_rows(tensor):
     """The same values, in rows that are no multiple of 16 bytes apart."""
     wide = tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] + 9)[..., : tensor.shape[-1]]
     return wide.copy_(tensor)
-
-
-def launched(call):
-    """`(result, names of the kernels)`."""
-    names, run_one = [], launch.Launcher.__call__
-
-    def named(self, *tensors):
-        names.append(self.kernel.__name__)
-        run_one(self, *tensors)
-
-    launch.Launcher.__call__ = named
-    try:
-        return call(), names
-    finally:
-        launch.Launcher.__call__ = run_one
 
 
 def check_hopper(device, dtype, width):
@@ -49,8 +34,10 @@ def check_hopper(device, dtype, width):
             case = case.replace(key=key, value=value)
         per_head = {name: with_wide_rows(case.tensors[name]) for name in ("query", "key", "value")}
         other, grad = case.replace(**per_head), cotangent(case)
-        first, names = launched(lambda: run(case, grad))  # noqa: B023
-        again, others = launched(lambda: run(other, grad))  # noqa: B023
+        with launches() as names:
+            first = run(case, grad)
+        with launches() as others:
+            again = run(other, grad)
         where = f"M {slots} L {tokens}"
         assert "_memory_read_forward_hopper_kernel" in names, f"{where}: {names}"
         assert "_memory_read_forward_hopper_kernel" not in others, f"{where}: {others}"
