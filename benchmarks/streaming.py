@@ -48,6 +48,9 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out
     series = [(preset, batch) for preset, batch in SERIES if options.only in f"{preset}, {batch} side by side"]
+    if not series:
+        names = "; ".join(f"{preset}, {batch} side by side" for preset, batch in SERIES)
+        parser.error(f"--only must be part of one of these, got {options.only!r}: {names}")
     started = time.perf_counter()
     machine = (
         torch.cuda.get_device_name() if GPU else "a CPU, which measures nothing: a tiny model, to show that it runs"

@@ -251,8 +251,10 @@ def test_a_small_batch_has_a_program_for_every_chunk_and_a_large_one_for_every_g
     assert {few[name] for name in kernels} == {8} and {many[name] for name in kernels} == {2}
 
 
-def test_the_tuner_keeps_the_fastest_that_runs_and_tells_how_far_it_is(monkeypatch, tmp_path, capsys):
-    """With a clock and compilers that are made up: narrow tiles are faster, and two stages do not run."""
+@pytest.fixture
+def tuner(monkeypatch):
+    """`tuner(microseconds)`: the tuner with this clock, on a GPU and with compilers that are made up: two stages do not
+    run."""
 
     class Now:
         def __init__(self, *_, **__):
@@ -269,19 +271,23 @@ def test_the_tuner_keeps_the_fastest_that_runs_and_tells_how_far_it_is(monkeypat
             return SimpleNamespace(result=lambda: result)
 
     def try_one(problem, candidate):
-        return "out of resource" if candidate["num_stages"] == 2 else None
-
-    def microseconds(call):
-        (row,) = tiles._user_table["memory_read_forward_resident"].values()
-        return 100.0 * row["num_stages"] + row["BLOCK_L"] + row["chunk"] / 1e4
+        return "out of resource" if candidate.get("num_stages") == 2 else None
 
     monkeypatch.setattr(tuning, "ProcessPoolExecutor", Now)
     monkeypatch.setattr(tuning, "try_one", try_one)
-    monkeypatch.setattr(tuning, "microseconds", microseconds)
     monkeypatch.setattr(tuning, "calls", lambda problem: None)
     monkeypatch.setattr(tiles, "_capability", lambda index: 90)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretend GPU")
+    return lambda microseconds: monkeypatch.setattr(tuning, "microseconds", microseconds)
+
+
+def test_the_tuner_keeps_the_fastest_that_runs_and_tells_how_far_it_is(tuner, tmp_path, capsys):
+    def narrow_is_fast(call):
+        (row,) = tiles._user_table["memory_read_forward_resident"].values()
+        return 100.0 * row["num_stages"] + row["BLOCK_L"] + row["chunk"] / 1e4
+
+    tuner(narrow_is_fast)
     told = []
     table, measured = tuning.run(tmp_path, "read_forward_resident", 1, told.append)
     found = json.loads(table.read_text())
@@ -292,6 +298,31 @@ def test_the_tuner_keeps_the_fastest_that_runs_and_tells_how_far_it_is(monkeypat
     assert len(times) == 24 and not any(candidate["num_stages"] == 2 for _, candidate in times)
     assert told == [i / 8 for i in range(8)] and capsys.readouterr().out.count("memory_read_forward_resident") == 8
     assert not tiles._user_table  # what was tried is taken away again
+
+
+def test_the_tuner_gives_gluon_a_row_where_it_is_ahead_and_none_elsewhere(tuner, tmp_path):
+    def ahead_at_256_slots(call):
+        ((name, row),) = tiles._user_table[tuning.HOPPER].items()
+        return 2.0 if not row else 1.0 + row["chunk"] / 1e4 if name.endswith("M 256") else 3.0
+
+    tuner(ahead_at_256_slots)
+    table, measured = tuning.run(tmp_path, tuning.HOPPER, 1, lambda part: None)
+    rows = json.loads(table.read_text())["kernels"][tuning.HOPPER]
+    assert set(rows) == {"16 bits, D 64, M 256", "16 bits, D 128, M 256"}
+    assert all(row["chunk"] == 512 for row in rows.values())
+    times = json.loads(measured.read_text())["measured"]
+    assert all([2.0, {}] in of_row and len(of_row) == 25 for of_row in times.values()) and len(times) == 4
+
+
+def test_the_tuner_tries_other_kernels_without_gluon(monkeypatch):
+    monkeypatch.setattr(tiles, "_capability", lambda index: 90)
+    gluon = tuning.HOPPER, DEVICE, 2, 128, 128
+    try:
+        tuning.Problem("memory_read_forward_resident", 128, 128).use({"BLOCK_L": 64})
+        assert not tiles.measured_config(*gluon)
+    finally:
+        tiles.use_rows({})
+    assert tiles.measured_config(*gluon)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -529,3 +530,29 @@ def test_command_refuses_a_model_of_other_tokens(tmp_path, call):
     make_lm(vocabulary=11).save_pretrained(tmp_path)
     code, _, err = call(tmp_path)
     assert code == 1 and "is a model of 11 tokens, not of bytes (256)" in err
+
+
+# Does its benchmark keep what it does not measure?
+
+
+def test_benchmark_of_one_series_keeps_the_others_of_its_machine(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import streaming as benchmark
+
+    def report(batch, figure, machine="one"):
+        series = [{"preset": "small", "batch": batch, "figure": figure}]
+        return {"machine": machine, "torch": "2", "reading": series, "decoding": list(series)}
+
+    monkeypatch.setattr(benchmark, "SERIES", [("small", 1), ("small", 2)])
+    before, now = report(1, "first"), report(2, "first")
+    benchmark.join(now, before)
+    again = report(1, "second")
+    benchmark.join(again, now)
+    for kind in ("reading", "decoding"):
+        assert [(row["batch"], row["figure"]) for row in again[kind]] == [(1, "second"), (2, "first")]
+    with pytest.raises(SystemExit, match="of another machine or version"):
+        benchmark.join(report(1, "third", machine="another"), before)
+    monkeypatch.setattr(sys, "argv", ["streaming.py", "--only", "large", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert not list(tmp_path.iterdir())
