@@ -31,7 +31,9 @@ SPACES = {
     "memory_read_forward": dict(BLOCK_L=(64, 128), BLOCK_M=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)),
     HOPPER: dict(BLOCK_L=(64, 128), BLOCK_M=(64, 128), chunk=(512, 1024, 2048), num_warps=(4, 8)),
     "memory_read_backward_resident": dict(BLOCK_L=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)),
-    "memory_write_forward_attend": dict(BLOCK_L=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)),
+    "memory_write_forward_attend": dict(
+        BLOCK_L=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4), maxnreg=(None, 128)
+    ),
     "memory_write_backward_resident": dict(BLOCK_L=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)),
     "attention_backward_rows": dict(
         BLOCK_ROWS=(64, 128), BLOCK_KEYS=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3)

@@ -403,16 +403,17 @@ def test_a_row_has_the_same_bits_in_any_batch(triton, small_tiles, slots, same_b
 
 
 @pytest.mark.guarantee("G8")
-@pytest.mark.parametrize("way", ["values", "hidden", "nothing visible", "NaN", "infinite"])
+@pytest.mark.parametrize("way", ["values", "short chunk", "hidden", "nothing visible", "NaN", "infinite"])
 @pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])
 def test_chunks_by_the_group_give_the_bits_of_chunks_by_themselves(
     triton, small_tiles, monkeypatch, slots, way, same_bits
 ):
-    """Five chunks, of which a group has two."""
+    """Five chunks, of which a group has two; or six, the last of them less than a tile."""
     from memformer_kernels import launch, tiles
 
     masked = {"hidden": 0.6, "nothing visible": 1}.get(way, 0)
-    case = make_case(OP, batch=1, heads=2, slots=slots, tokens=150, masked=masked, bias=not masked)
+    tokens = 166 if way == "short chunk" else 150
+    case = make_case(OP, batch=1, heads=2, slots=slots, tokens=tokens, masked=masked, bias=not masked)
     if way in ("NaN", "infinite"):
         case.tensors["value"][0, 0, 40] = float("nan" if way == "NaN" else "inf")
         case.tensors["key"][0, 1, 100] = float("nan" if way == "NaN" else "inf")

@@ -21,6 +21,13 @@ def _own_value(slots, rows, strides, keep, D: tl.constexpr, BLOCK_D: tl.constexp
     return load_tile(slots, rows, strides[1], strides[2], keep, D, BLOCK_D).to(tl.float32)
 
 
+@triton.jit
+def _nothing(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The state of the online softmax that has seen no key."""
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    return top, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+
 @triton.jit(do_not_specialize=["L", "M", "H", "chunk", "at_once", "part_rows"])
 def _memory_write_forward_attend_kernel(
     query,  # [B, H, M, D]
@@ -83,34 +90,40 @@ def _memory_write_forward_attend_kernel(
     total = tl.where(is_first, 1.0, tl.zeros([BLOCK_M], tl.float32))
     acc = own
     begin = part * chunk * at_once
+    end = min(begin + chunk * at_once, L)
+    tail = begin
     seen = tl.full([], 0, tl.int32)
+    if GROUPED:
+        all_top, all_total, all_acc = _nothing(BLOCK_M, BLOCK_D)  # of the chunks before this one
     if token_mask is None:
-        seen = (begin < L).to(tl.int32)
-    if GROUPED:  # of the chunks before this one
-        all_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        all_total = tl.zeros([BLOCK_M], tl.float32)
-        all_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in tl.range(begin, min(begin + chunk * at_once, L), BLOCK_L, num_stages=num_stages):
-        if GROUPED:
-            if (start > begin) & ((start - begin) % chunk == 0):
-                if not ALL_TOKENS:
-                    if (seen == 0) & is_first:
-                        acc = _own_value(slots, rows, slots_strides, has_own, D, BLOCK_D)
-                    seen = tl.full([], 1, tl.int32)  # later chunks do not start from the own slot
-                all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, total, acc, log2_scale)
-                top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_M], tl.float32)
-                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        tokens = start + tl.arange(0, BLOCK_L)
-        visible = None
-        if not ALL_TOKENS:
+        tail = end - (end - begin) % BLOCK_L  # tiles before it are whole: no mask to look at
+        for start in tl.range(begin, tail, BLOCK_L, num_stages=num_stages):
+            if GROUPED:
+                if (start > begin) & ((start - begin) % chunk == 0):
+                    all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, total, acc, log2_scale)
+                    top, total, acc = _nothing(BLOCK_M, BLOCK_D)
+            tokens = start + tl.arange(0, BLOCK_L)
+            k = load_tile(key, tokens, key_strides[2], key_strides[3], None, D, BLOCK_D)
+            v = load_tile(value, tokens, value_strides[2], value_strides[3], None, D, BLOCK_D)
+            top, total, acc = attend(q, k, v, None, top, total, acc, log2_scale, PRECISION)
+    if not ALL_TOKENS:
+        for start in tl.range(tail, end, BLOCK_L, num_stages=num_stages):
+            if GROUPED:
+                if (start > begin) & ((start - begin) % chunk == 0):
+                    if token_mask is not None:
+                        if (seen == 0) & is_first:
+                            acc = _own_value(slots, rows, slots_strides, has_own, D, BLOCK_D)
+                        seen = tl.full([], 1, tl.int32)  # later chunks do not start from the own slot
+                    all_top, all_total, all_acc = merge(all_top, all_total, all_acc, top, total, acc, log2_scale)
+                    top, total, acc = _nothing(BLOCK_M, BLOCK_D)
+            tokens = start + tl.arange(0, BLOCK_L)
             visible = load_mask(token_mask, tokens, mask_strides[1], L)
             if token_mask is not None:
                 seen = tl.maximum(seen, tl.max(visible.to(tl.int32), 0))
-        k = load_tile(key, tokens, key_strides[2], key_strides[3], visible, D, BLOCK_D)
-        v = load_tile(value, tokens, value_strides[2], value_strides[3], visible, D, BLOCK_D)
-        top, total, acc = attend(q, k, v, visible, top, total, acc, log2_scale, PRECISION)
-    if not ALL_TOKENS:
+            k = load_tile(key, tokens, key_strides[2], key_strides[3], visible, D, BLOCK_D)
+            v = load_tile(value, tokens, value_strides[2], value_strides[3], visible, D, BLOCK_D)
+            top, total, acc = attend(q, k, v, visible, top, total, acc, log2_scale, PRECISION)
+    if token_mask is not None:
         if (seen == 0) & is_first:
             acc = _own_value(slots, rows, slots_strides, has_own, D, BLOCK_D)
     if GROUPED:
