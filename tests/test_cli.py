@@ -270,9 +270,9 @@ def test_a_mistake_is_one_line_that_says_what_to_do(arguments, code, says, tmp_p
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(run):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "wb") as full:
-        process = subprocess.run(
-            [*COMMAND, "generate", str(run[0]), "--length", "5"], stdout=full, stderr=subprocess.PIPE, timeout=60
-        )
+        command = [*COMMAND, "generate", str(run[0]), "--length", "5"]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=buffered, timeout=60)
     assert process.returncode == 1
     assert b"No space left on device" in process.stderr and b"Traceback" not in process.stderr

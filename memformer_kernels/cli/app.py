@@ -36,7 +36,16 @@ def run() -> None:
         sys.exit(130)
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
         errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        _forget_what_cannot_be_written()
         sys.exit(1)
+
+
+def _forget_what_cannot_be_written() -> None:
+    """Of a full disk: else Python tries once more at its end, reports that too, and exits with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unwrapped(docstring: str) -> str:
