@@ -268,11 +268,22 @@ def test_a_mistake_is_one_line_that_says_what_to_do(arguments, code, says, tmp_p
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.safetensors"))
 
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_one_line(run):
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+@pytest.mark.parametrize("command", ["generate", "doctor"], ids=["as it is written", "at the end"])
+def test_a_full_disk_is_one_line(run, command):
+    arguments = [command, str(run[0]), "--length", "5"] if command == "generate" else [command]
     with open("/dev/full", "wb") as full:
-        command = [*COMMAND, "generate", str(run[0]), "--length", "5"]
-        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=buffered, timeout=60)
+        process = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, env=BUFFERED, timeout=60)
     assert process.returncode == 1
-    assert b"No space left on device" in process.stderr and b"Traceback" not in process.stderr
+    assert process.stderr.splitlines() == [b"error: [Errno 28] No space left on device"]
+
+
+def test_a_reader_that_has_seen_enough_gets_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run([*COMMAND, "doctor"], stdout=writer, stderr=subprocess.PIPE, env=BUFFERED, timeout=60)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (1, b"")

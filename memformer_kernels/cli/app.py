@@ -26,7 +26,10 @@ def run() -> None:
     from memformer_kernels.training.run import Interrupted
 
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where what cannot be written is an error like others
     except Interrupted as stop:
         if int(os.environ.get("RANK", 0)) == 0:  # of torchrun's ranks, which stop together, one says so
             errors.print(f"interrupted: {stop}; go on with --resume", highlight=False)
@@ -34,6 +37,9 @@ def run() -> None:
     except KeyboardInterrupt:
         errors.print("interrupted", highlight=False)
         sys.exit(130)
+    except BrokenPipeError:  # who reads has seen enough
+        _forget_what_cannot_be_written()
+        sys.exit(1)
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
         errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         _forget_what_cannot_be_written()
@@ -41,7 +47,7 @@ def run() -> None:
 
 
 def _forget_what_cannot_be_written() -> None:
-    """Of a full disk: else Python tries once more at its end, reports that too, and exits with 120."""
+    """Else Python tries once more at its end, reports that too, and exits with 120."""
     try:
         sys.stdout.flush()
     except OSError:
