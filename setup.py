@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MODULE = "memformer_kernels._C"
 BINDINGS = "csrc/bindings.cpp"
-KERNELS = ("csrc/memory_forget_forward.cu", "csrc/memory_forget_backward.cu")
+KERNELS = ("csrc/memory_forget_forward.cu", "csrc/memory_forget_backward.cu", "csrc/memory_read_forward.cu")
 BUILD_INFO = "_build_info.json"
 
 

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "memformer_kernels/memory_forget.h"
+#include "memformer_kernels/memory_read.h"
 
 namespace py = pybind11;
 namespace mk = memformer_kernels;
@@ -19,6 +20,7 @@ namespace {
 using Address = uintptr_t;
 using Stride2 = std::array<int64_t, 2>;
 using Stride3 = std::array<int64_t, 3>;
+using Stride4 = std::array<int64_t, 4>;
 
 template <typename T = void>
 T* pointer(Address address) {
@@ -78,6 +80,35 @@ void memory_forget_backward(int dtype, Address grad_output, Stride3 grad_output_
   check("memory_forget_backward", mk::memory_forget_backward(&params));
 }
 
+void memory_read_forward(int dtype, Address query, Stride4 query_stride, Address key, Stride4 key_stride,
+                         Address value, Stride4 value_stride, Address slot_mask, Stride2 slot_mask_stride,
+                         Address output, Address log_sum_exp, Address rounding, int64_t B, int64_t H, int64_t L,
+                         int64_t M, int D, float log2_scale, int multiprocessors, Address stream) {
+  const mk::MemoryReadForwardParams params{
+      .dtype = static_cast<mk::DType>(dtype),
+      .query = pointer(query),
+      .query_stride = {query_stride[0], query_stride[1], query_stride[2], query_stride[3]},
+      .key = pointer(key),
+      .key_stride = {key_stride[0], key_stride[1], key_stride[2], key_stride[3]},
+      .value = pointer(value),
+      .value_stride = {value_stride[0], value_stride[1], value_stride[2], value_stride[3]},
+      .slot_mask = pointer<const uint8_t>(slot_mask),
+      .slot_mask_stride = {slot_mask_stride[0], slot_mask_stride[1]},
+      .output = pointer(output),
+      .log_sum_exp = pointer<float>(log_sum_exp),
+      .rounding = pointer(rounding),
+      .B = B,
+      .H = H,
+      .L = L,
+      .M = M,
+      .D = D,
+      .log2_scale = log2_scale,
+      .multiprocessors = multiprocessors,
+      .stream = reinterpret_cast<cudaStream_t>(stream),
+  };
+  check("memory_read_forward", mk::memory_read_forward(&params));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -95,4 +126,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("memory_forget_max_width") = mk::kMemoryForgetMaxC;
   module.def("memory_forget_forward", memory_forget_forward, release_gil);
   module.def("memory_forget_backward", memory_forget_backward, release_gil);
+
+  module.attr("memory_read_max_channels") = mk::kMemoryReadMaxD;
+  module.def("memory_read_forward", memory_read_forward, release_gil);
 }

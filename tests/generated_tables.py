@@ -19,26 +19,31 @@ MIB = 2**20
 def support() -> str:
     """Which backend takes what: the limits that the backends themselves check."""
     from memformer_kernels import backend, checks, launch
-    from memformer_kernels.ops.memory_forget import cuda
+    from memformer_kernels.ops.memory_forget import cuda as forget_cuda
     from memformer_kernels.ops.memory_forget import triton as forget
+    from memformer_kernels.ops.memory_read import cuda as read
     from memformer_kernels.ops.memory_write import triton as write
 
     header = (ROOT / "csrc/include/memformer_kernels/memory_forget.h").read_text()
     widest = re.search(r"kMemoryForgetMaxC = (\d+)", header)[1]
+    header = (ROOT / "csrc/include/memformer_kernels/memory_read.h").read_text()
+    widest_read = re.search(r"kMemoryReadMaxD = (\d+)", header)[1]
     built_for = re.search(r'"MEMFORMER_KERNELS_ARCHS", "([^"]+)"', (ROOT / "setup.py").read_text())[1]
     sm = ", ".join(f"sm_{name}" for name in built_for.split(";"))
     limits = {
         ("memory_read", "triton"): f"D up to {launch.MOST_CHANNELS}, any number of slots",
         ("memory_write", "triton"): f"D up to {launch.MOST_CHANNELS}, C up to {write.MOST_CHANNELS}",
         ("memory_forget", "triton"): f"C up to {forget.MOST_CHANNELS}",
+        ("memory_read", "cuda"): f"forward, sm_90a, D up to {widest_read}, M from {read.LEAST_SLOTS}",
         ("memory_forget", "cuda"): f"C up to {widest}",
     }
+    cuda = {"memory_read": read.DTYPES, "memory_forget": forget_cuda.DTYPES}
     capability = ".".join(map(str, launch.LEAST_CAPABILITY))
     titles = ("op", "eager", f"Triton: compute capability {capability} and above", f"CUDA C++: {sm}")
     rows = []
     for op in backend.OPS:
         cells = [f"`{op}`", f"{_dtypes(checks.FLOATING)}; any device, any size"]
-        for name, dtypes in (("triton", launch.DTYPES), ("cuda", cuda.DTYPES)):
+        for name, dtypes in (("triton", launch.DTYPES), ("cuda", cuda.get(op, ()))):
             there = backend.implementation(op, name) is not None
             assert there == ((op, name) in limits), f"{op} {name}: say here what it takes"
             cells.append(f"{_dtypes(dtypes)}; {limits[op, name]}" if there else "-")

@@ -1,0 +1,39 @@
+// What the launcher of memory_read takes. Plain C++: the bindings include it too.
+//
+// B batches, H heads, L tokens, M slots, D channels of a head. Strides count elements, in the order of the shape; a
+// pointer without a stride is contiguous.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "memformer_kernels/dtype.h"
+
+namespace memformer_kernels {
+
+constexpr int kMemoryReadMaxD = 128;
+
+struct MemoryReadForwardParams {
+  DType dtype;          // of every `void` pointer: float16 or bfloat16
+  const void* query;    // [B, H, L, D]
+  int64_t query_stride[4];
+  const void* key;      // [B, H, M, D]
+  int64_t key_stride[4];
+  const void* value;    // [B, H, M, D]
+  int64_t value_stride[4];
+  const uint8_t* slot_mask;  // [B, M], or null
+  int64_t slot_mask_stride[2];
+  void* output;         // [B, L, H, D]
+  float* log_sum_exp;   // [B, H, L]: of the scaled logits, over the scale; or null
+  void* rounding;       // [B, L, H, D]: what the rounding of the output took away; null with log_sum_exp
+  int64_t B, H, L, M;
+  int D;
+  float log2_scale;     // scale * log2(e)
+  int multiprocessors;
+  cudaStream_t stream;
+};
+
+extern "C" cudaError_t memory_read_forward(const MemoryReadForwardParams* params);
+
+}  // namespace memformer_kernels
