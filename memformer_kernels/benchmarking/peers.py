@@ -52,19 +52,19 @@ def not_compiled(function: Callable) -> Callable:
 
 
 def ours(op: str, device: torch.device) -> Implementation:
-    """The public function; on a GPU the read and the write with Triton, the forgetting with what `auto` takes."""
-    backend = _backend(op, device)
+    """The public function; on a GPU with what `auto` takes."""
+    backend = _backend(device)
     public = getattr(memformer_kernels, op)
     return Implementation(OURS, lambda *_: lambda **arguments: public(**arguments, backend=backend))
 
 
-def _backend(op: str, device: torch.device) -> str:
-    return "eager" if device.type == "cpu" else "auto" if op == "memory_forget" else "triton"
+def _backend(device: torch.device) -> str:
+    return "eager" if device.type == "cpu" else "auto"
 
 
 def backend_of_ours(case: Case) -> str:
     """The backend that runs `ours` on this case."""
-    backend = _backend(case.op, next(iter(case.tensors.values())).device)
+    backend = _backend(next(iter(case.tensors.values())).device)
     return explain(case.op, **case.tensors, **case.options).backend if backend == "auto" else backend
 
 

@@ -29,9 +29,11 @@ struct ReadForwardTraits {
   static constexpr bool kGeneral = kGeneral_;  // any strides, a mask: without TMA
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-  // A multiprocessor's registers, less those of the group that copies, which needs more where it finds the addresses.
-  static constexpr int kCopyRegisters = kGeneral ? 48 : 32;
-  static constexpr int kComputeRegisters = (65536 / kGroupThreads - kCopyRegisters) / kGroups / 8 * 8;
+  // The registers of a block, of one thread of each group: those it starts with. Where addresses have to be found, copying takes
+  // more of them; computing gets the rest. More than there are would be waited for without end.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
+  static constexpr int kCopyRegisters = kGeneral ? 56 : kGroups == 3 ? 32 : 24;
+  static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
   static constexpr int kPanels = kWidth / kPanelColumns;
   static constexpr int kQueryPanel = kRows * kPanelRowBytes;
   static constexpr int kSlotPanel = kSlots * kPanelRowBytes;
