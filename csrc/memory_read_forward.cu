@@ -64,10 +64,11 @@ cudaError_t launch(const MemoryReadForwardParams& params) {
                         : launch_kernel<ReadForwardTraits<T, 128, 128, 2, 2, kGeneral>>(params);
 }
 
+// TMA copies rows of whole vectors at positive strides, and knows no mask.
 template <typename T>
 cudaError_t launch(const MemoryReadForwardParams& params) {
-  const auto takes = [](const void* data, const int64_t(&stride)[4], int64_t B, int64_t H, int64_t rows) {
-    const int64_t sizes[3] = {B, H, rows};
+  const auto takes = [&params](const void* data, const int64_t(&stride)[4], int64_t rows) {
+    const int64_t sizes[3] = {params.B, params.H, rows};
     int64_t used[4] = {stride[0], stride[1], stride[2], stride[3]};
     for (int i = 0; i < 3; ++i) {
       if (sizes[i] == 1) used[i] = Vector<T>::kSize;  // whatever it is, nothing moves along it
@@ -75,9 +76,8 @@ cudaError_t launch(const MemoryReadForwardParams& params) {
     }
     return has_vector_rows<T>(data, used);
   };
-  const bool tma = params.slot_mask == nullptr && takes(params.query, params.query_stride, params.B, params.H, params.L) &&
-                   takes(params.key, params.key_stride, params.B, params.H, params.M) &&
-                   takes(params.value, params.value_stride, params.B, params.H, params.M);
+  const bool tma = params.slot_mask == nullptr && takes(params.query, params.query_stride, params.L) &&
+                   takes(params.key, params.key_stride, params.M) && takes(params.value, params.value_stride, params.M);
   return tma ? launch<T, false>(params) : launch<T, true>(params);
 }
 

@@ -1,5 +1,6 @@
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -477,3 +478,35 @@ def test_second_derivative_is_refused_where_there_is_none(registered):
     output = registered(OP)(**case.tensors)
     with pytest.raises(NotImplementedError, match="memory_read: the fused backward has no derivative of its own"):
         torch.autograd.grad(output.sum(), case.tensors["query"], create_graph=True)
+
+
+@pytest.mark.guarantee("G14")
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"is_cuda": False}, "query must be on a CUDA device, got cuda:0"),
+        ({"dtype": torch.float32}, "query must be float16 or bfloat16, got torch.float32"),
+        ({"slots": 320}, "key must have at least 321 slots, got 320: for fewer, Triton's kernels are ahead"),
+        ({"missing": "not compiled"}, "not compiled"),
+        ({"width": 129}, "query must have at most 128 channels a head, got 129"),
+        ({"architecture": 80}, "the GPU must have compute capability 9.0"),
+        ({"architecture": 100}, "the GPU must have compute capability 9.0"),
+        ({"compiled_for": "80;90"}, "compiled for 80;90, be so for 90a"),
+    ],
+)
+def test_cuda_kernel_says_what_it_cannot_take(monkeypatch, change, reason):
+    pytest.importorskip("triton")  # its backward
+    cuda_backend = importlib.import_module("memformer_kernels.ops.memory_read.cuda")
+    got = dict(is_cuda=True, dtype=torch.bfloat16, slots=321, width=128, architecture=90, compiled_for="80;90a")
+    got |= {"missing": None} | change
+    shape, device = (1, 1, 5, got["width"]), torch.device("cuda", 0)
+    query = SimpleNamespace(is_cuda=got["is_cuda"], dtype=got["dtype"], shape=shape, device=device)
+    key = SimpleNamespace(shape=(1, 1, got["slots"], got["width"]))
+    module = SimpleNamespace(memory_read_max_channels=128, architectures=got["compiled_for"])
+    monkeypatch.setattr(cuda_backend.triton, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(cuda_backend._extension, "why_not", lambda: got["missing"])
+    monkeypatch.setattr(cuda_backend._extension, "load", lambda: module)
+    monkeypatch.setattr(cuda_backend.tiles, "architecture", lambda _: got["architecture"])
+    found = cuda_backend.unsupported_reason(query, key, key, None, 1.0, False)
+    assert found is None if reason is None else reason in found

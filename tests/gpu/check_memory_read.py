@@ -172,7 +172,7 @@ def check_large(dtype):
 
 
 def check_sanitizer(dtype):
-    """compute-sanitizer: memcheck and synccheck of small calls."""
+    """compute-sanitizer: memcheck, synccheck and racecheck of small calls."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).is_file():
         return {"skipped": "no compute-sanitizer"}
@@ -214,7 +214,9 @@ def main():
         return small_calls(getattr(torch, options.small))
     if options.out is None:
         parser.error("--out is required")
+    options.out.mkdir(parents=True, exist_ok=True)
     results = {}
+    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": results}
     for check in CHECKS:
         for dtype in DTYPES:
             name = f"{check.__name__.removeprefix('check_')} {str(dtype)[6:]}"
@@ -226,9 +228,7 @@ def main():
                 results[name] = {"passed": False, "error": f"{type(error).__name__}: {error}"}
                 traceback.print_exc(limit=3)
             print("passed" if results[name]["passed"] else "FAILED", name, results[name], flush=True)
-    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": results}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "memory_read_checks.json").write_text(json.dumps(report, indent=2) + "\n")
+            (options.out / "memory_read_checks.json").write_text(json.dumps(report, indent=2) + "\n")
     sys.exit(not all(result["passed"] for result in results.values()))
 
 

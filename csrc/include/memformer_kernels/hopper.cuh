@@ -19,7 +19,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// -- Barriers in shared memory -----------------------------------------------------------------------------------------
+// -- Barriers in shared memory ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -53,7 +53,7 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// -- Tiles from global to shared memory --------------------------------------------------------------------------------
+// -- Tiles from global to shared memory ------------------------------------------------------------------------------
 
 // Box at (channel, row, head, batch); what lies outside the tensor arrives as 0.
 __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier, int channel,
@@ -66,9 +66,11 @@ __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* ma
 
 // What this thread has written to shared memory becomes visible to matrix products and copies.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
-// -- Registers ---------------------------------------------------------------------------------------------------------
+// -- Registers -------------------------------------------------------------------------------------------------------
 
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
@@ -79,7 +81,7 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// -- Matrix products of a warpgroup ------------------------------------------------------------------------------------
+// -- Matrix products of a warpgroup ----------------------------------------------------------------------------------
 //
 // 16-bit tiles lie in shared memory as TMA's 128-byte swizzle leaves them: rows of 64 elements, 128 bytes, eight of
 // which, 1024 bytes, are an atom. Wider tiles are panels of 64 columns, one after the other.
@@ -87,8 +89,7 @@ __device__ __forceinline__ void give_registers() {
 constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 128;
 
-// `stride` between atoms along the strided dimension is always 1024 bytes; `panel` that between panels of 64 columns,
-// which only a product over the rows looks at.
+// How a product finds a tile. `panel`: bytes between panels of 64 columns, which only a product over the rows looks at.
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t panel) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kAtoms = uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kAtoms | uint64_t{panel >> 4} << 16 | (address & 0x3ffff) >> 4;
@@ -115,37 +116,32 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
     "%26,%27,%28,%29,%30,%31"
 #define MK_NAMES_64 MK_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51," \
     "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define MK_NAMES_96 MK_NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83," \
-    "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
 // The two products of a type and a width N. d [64, N] is a * b, with `adds` added to what d holds:
 // product<T>(d, a, b, adds): a [64, 16] and b [N, 16] in shared memory, the 16 contiguous: d = a b^T
 // product<T>(d, a, b, adds): a [64, 16] in registers, b [16, N] in shared memory, N contiguous: d = a b
-#define MK_PRODUCTS(TYPE, N, NAMES, P1, P2, P3, P4, P5, P6, ...)                                                   \
-  __device__ __forceinline__ void product_##TYPE(float (&d)[N / 2], uint64_t a, uint64_t b, int adds) {             \
-    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " P3 ", 0;\n"                                             \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" NAMES "}, " P1 ", " P2       \
-                 ", adds, 1, 1, 0, 0;\n}\n"                                                                       \
-                 : __VA_ARGS__                                                                                     \
-                 : "l"(a), "l"(b), "r"(adds));                                                                     \
-  }                                                                                                                \
-  __device__ __forceinline__ void product_##TYPE(float (&d)[N / 2], const uint32_t* a, uint64_t b, int adds) {      \
-    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " P6 ", 0;\n"                                             \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" NAMES "}, {" P1 "," P2 "," P3   \
-                 "," P4 "}, " P5 ", adds, 1, 1, 1;\n}\n"                                                          \
-                 : __VA_ARGS__                                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));                                 \
+#define MK_PRODUCTS(TYPE, N, NAMES, P1, P2, P3, P4, P5, P6, ...) \
+  __device__ __forceinline__ void product_##TYPE(float (&d)[N / 2], uint64_t a, uint64_t b, int adds) { \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " P3 ", 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" NAMES "}, " P1 ", " P2 \
+                 ", adds, 1, 1, 0, 0;\n}\n" \
+                 : __VA_ARGS__ \
+                 : "l"(a), "l"(b), "r"(adds)); \
+  } \
+  __device__ __forceinline__ void product_##TYPE(float (&d)[N / 2], const uint32_t* a, uint64_t b, int adds) { \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " P6 ", 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" NAMES "}, {" P1 "," P2 "," P3 \
+                 "," P4 "}, " P5 ", adds, 1, 1, 1;\n}\n" \
+                 : __VA_ARGS__ \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds)); \
   }
-#define MK_PRODUCTS_OF(TYPE)                                                                                       \
-  MK_PRODUCTS(TYPE, 64, MK_NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37", MK_32(d, 0))                           \
-  MK_PRODUCTS(TYPE, 128, MK_NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69", MK_32(d, 0), MK_32(d, 32))            \
-  MK_PRODUCTS(TYPE, 192, MK_NAMES_96, "%96", "%97", "%98", "%99", "%100", "%101", MK_32(d, 0), MK_32(d, 32),          \
-              MK_32(d, 64))
+#define MK_PRODUCTS_OF(TYPE) \
+  MK_PRODUCTS(TYPE, 64, MK_NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37", MK_32(d, 0)) \
+  MK_PRODUCTS(TYPE, 128, MK_NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69", MK_32(d, 0), MK_32(d, 32))
 MK_PRODUCTS_OF(f16)
 MK_PRODUCTS_OF(bf16)
 #undef MK_PRODUCTS_OF
 #undef MK_PRODUCTS
-#undef MK_NAMES_96
 #undef MK_NAMES_64
 #undef MK_NAMES_32
 #undef MK_32

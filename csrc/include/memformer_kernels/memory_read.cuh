@@ -29,13 +29,13 @@ struct ReadForwardTraits {
   static constexpr bool kGeneral = kGeneral_;  // any strides, a mask: without TMA
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-  // The registers of a block, of one thread of each group: those it starts with. Where addresses have to be found, copying takes
-  // more of them; computing gets the rest. More than there are would be waited for without end.
+  // Registers that a block starts with, of one thread of each group. Copying takes more of them where it has to find
+  // addresses; computing gets the rest. More than there are would be waited for without end.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
   static constexpr int kCopyRegisters = kGeneral ? 56 : kGroups == 3 ? 32 : 24;
   static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
   static constexpr int kPanels = kWidth / kPanelColumns;
-  static constexpr int kQueryPanel = kRows * kPanelRowBytes;
+  static constexpr int kQueryPanel = kRows * kPanelRowBytes;  // bytes
   static constexpr int kSlotPanel = kSlots * kPanelRowBytes;
   static constexpr int kQueryTile = kPanels * kQueryPanel;
   static constexpr int kSlotTile = kPanels * kSlotPanel;
@@ -109,53 +109,40 @@ __device__ __forceinline__ void read_forward_copy(const MemoryReadForwardParams&
   Ring<2> queries;
   Ring<Traits::kStages> slots;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, queries.next()) {
-    const auto [batch, head, row] = read_tile<Traits>(params, tile);
-    for (int i = slot_tiles - 1; i >= 0; --i, slots.next()) {
-      const int slot = i * Traits::kSlots;
+    const ReadTile at = read_tile<Traits>(params, tile);
+    // Rows from `first` on to `target`, once `empty` says so; `full` then says that they are there.
+    const auto copy = [&](auto tile_rows, uint32_t target, uint32_t empty, uint32_t full, uint32_t parity,
+                          const CUtensorMap& map, const void* data, const int64_t(&stride)[4], int first, int64_t rows,
+                          const uint8_t* mask) {
+      constexpr int kTileRows = decltype(tile_rows)::value, kPanel = kTileRows * kPanelRowBytes;
+      barrier_wait(empty, parity ^ 1);
       if constexpr (Traits::kGeneral) {
-        const auto at_head = [batch, head](const void* data, const int64_t(&stride)[4]) {
-          return static_cast<const T*>(data) + batch * stride[0] + head * stride[1];
-        };
-        const uint8_t* mask = params.slot_mask == nullptr ? nullptr : params.slot_mask + batch * params.slot_mask_stride[0];
-        const auto place = [base, shared](uint32_t address) { return base + (address - shared.base); };
-        if (i == slot_tiles - 1) {
-          barrier_wait(shared.query_empty(queries.place), queries.parity ^ 1);
-          copy_general<Traits, Traits::kRows>(place(shared.query(queries.place)), at_head(params.query, params.query_stride),
-                                              params.query_stride[2], params.query_stride[3], row,
-                                              static_cast<int>(params.L), params.D, nullptr, 0);
-          fence_async_proxy();
-          barrier_arrive(shared.query_full(queries.place));
-        }
-        barrier_wait(shared.key_empty(slots.place), slots.parity ^ 1);
-        copy_general<Traits, Traits::kSlots>(place(shared.key(slots.place)), at_head(params.key, params.key_stride),
-                                             params.key_stride[2], params.key_stride[3], slot,
-                                             static_cast<int>(params.M), params.D, mask, params.slot_mask_stride[1]);
+        const T* matrix = static_cast<const T*>(data) + at.batch * stride[0] + at.head * stride[1];
+        copy_general<Traits, kTileRows>(base + (target - shared.base), matrix, stride[2], stride[3], first,
+                                        static_cast<int>(rows), params.D, mask, params.slot_mask_stride[1]);
         fence_async_proxy();
-        barrier_arrive(shared.key_full(slots.place));
-        barrier_wait(shared.value_empty(slots.place), slots.parity ^ 1);
-        copy_general<Traits, Traits::kSlots>(place(shared.value(slots.place)), at_head(params.value, params.value_stride),
-                                             params.value_stride[2], params.value_stride[3], slot,
-                                             static_cast<int>(params.M), params.D, mask, params.slot_mask_stride[1]);
-        fence_async_proxy();
-        barrier_arrive(shared.value_full(slots.place));
+        barrier_arrive(full);
       } else {
-        const auto copy = [&, batch = batch, head = head](uint32_t target, int panel, const CUtensorMap& map,
-                                                          uint32_t barrier, int first) {
-          barrier_arrive_expecting(barrier, Traits::kPanels * panel);
+        barrier_arrive_expecting(full, Traits::kPanels * kPanel);
 #pragma unroll
-          for (int p = 0; p < Traits::kPanels; ++p) {
-            copy_tile(target + p * panel, &map, barrier, p * kPanelColumns, first, head, batch);
-          }
-        };
-        if (i == slot_tiles - 1) {
-          barrier_wait(shared.query_empty(queries.place), queries.parity ^ 1);
-          copy(shared.query(queries.place), Traits::kQueryPanel, query_map, shared.query_full(queries.place), row);
+        for (int p = 0; p < Traits::kPanels; ++p) {
+          copy_tile(target + p * kPanel, &map, full, p * kPanelColumns, first, at.head, at.batch);
         }
-        barrier_wait(shared.key_empty(slots.place), slots.parity ^ 1);
-        copy(shared.key(slots.place), Traits::kSlotPanel, key_map, shared.key_full(slots.place), slot);
-        barrier_wait(shared.value_empty(slots.place), slots.parity ^ 1);
-        copy(shared.value(slots.place), Traits::kSlotPanel, value_map, shared.value_full(slots.place), slot);
       }
+    };
+    const std::integral_constant<int, Traits::kRows> query_rows;
+    const std::integral_constant<int, Traits::kSlots> slot_rows;
+    const uint8_t* mask = params.slot_mask;
+    if (mask != nullptr) mask += at.batch * params.slot_mask_stride[0];
+    const int query = queries.place;
+    copy(query_rows, shared.query(query), shared.query_empty(query), shared.query_full(query), queries.parity,
+         query_map, params.query, params.query_stride, at.row, params.L, nullptr);
+    for (int i = slot_tiles - 1; i >= 0; --i, slots.next()) {
+      const int slot = slots.place, first = i * Traits::kSlots;
+      copy(slot_rows, shared.key(slot), shared.key_empty(slot), shared.key_full(slot), slots.parity,
+           key_map, params.key, params.key_stride, first, params.M, mask);
+      copy(slot_rows, shared.value(slot), shared.value_empty(slot), shared.value_full(slot), slots.parity,
+           value_map, params.value, params.value_stride, first, params.M, mask);
     }
   }
 }
@@ -309,7 +296,7 @@ __device__ __forceinline__ void read_forward_compute(const MemoryReadForwardPara
         total[r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
       }
     };
-    // One instruction for two where all it costs is a common factor of the row's weights, of 1 +- 2^-17 at most.
+    // One instruction for two where all it costs is a factor of 1 +- 2^-18 that the weights of a row and tile share.
     const float largest = fmaxf(fabsf(reference[0]), fabsf(reference[1])) * log2_scale;
     if (__all_sync(0xffffffffu, largest < kNearLogits)) {
       weigh(std::false_type{});

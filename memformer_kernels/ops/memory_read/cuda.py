@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memformer_kernels import _extension, tiles
+from memformer_kernels.compiling import constant
 from memformer_kernels.ops.memory_read import triton
 from memformer_kernels.ops.memory_read.triton import backward, saves_log_sum_exp  # noqa: F401
 from memformer_kernels.ops.per_head import new_per_head
@@ -34,9 +35,17 @@ def unsupported_reason(
     limit = _extension.load().memory_read_max_channels
     if query.shape[3] > limit:
         return f"query must have at most {limit} channels a head, got {query.shape[3]}"
-    if tiles.architecture(query.device) != ARCHITECTURE or "90a" not in _extension.load().architectures.split(";"):
-        return "the GPU must have compute capability 9.0, and the CUDA kernels be compiled for 90a"
-    return None
+    return _unsupported_device(query.device.index)
+
+
+@constant  # to `torch.compile`, which looks through a cache
+def _unsupported_device(index: int) -> str | None:
+    compiled_for = _extension.load().architectures
+    if tiles.architecture(torch.device("cuda", index)) == ARCHITECTURE and "90a" in compiled_for.split(";"):
+        return None
+    return (
+        f"the GPU must have compute capability 9.0, and the CUDA kernels be compiled for 90a, not {compiled_for} alone"
+    )
 
 
 def forward(
