@@ -492,7 +492,7 @@ def test_second_derivative_is_refused_where_there_is_none(registered):
         ({"width": 129}, "query must have at most 128 channels a head, got 129"),
         ({"architecture": 80}, "the GPU must have compute capability 9.0"),
         ({"architecture": 100}, "the GPU must have compute capability 9.0"),
-        ({"compiled_for": "80;90"}, "compiled for 80;90, be so for 90a"),
+        ({"compiled_for": "80;90"}, "the CUDA kernels be compiled for 90a, got 80;90"),
     ],
 )
 def test_cuda_kernel_says_what_it_cannot_take(monkeypatch, change, reason):

@@ -43,9 +43,7 @@ def _unsupported_device(index: int) -> str | None:
     compiled_for = _extension.load().architectures
     if tiles.architecture(torch.device("cuda", index)) == ARCHITECTURE and "90a" in compiled_for.split(";"):
         return None
-    return (
-        f"the GPU must have compute capability 9.0, and the CUDA kernels be compiled for 90a, not {compiled_for} alone"
-    )
+    return f"the GPU must have compute capability 9.0, and the CUDA kernels be compiled for 90a, got {compiled_for}"
 
 
 def forward(
