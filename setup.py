@@ -29,7 +29,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MODULE = "memformer_kernels._C"
 BINDINGS = "csrc/bindings.cpp"
-KERNELS = ("csrc/memory_forget_forward.cu", "csrc/memory_forget_backward.cu", "csrc/memory_read_forward.cu")
+KERNELS = (
+    "csrc/memory_forget_forward.cu",
+    "csrc/memory_forget_backward.cu",
+    "csrc/memory_read_forward.cu",
+    "csrc/memory_read_backward.cu",
+)
 BUILD_INFO = "_build_info.json"
 
 

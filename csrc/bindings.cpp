@@ -109,6 +109,46 @@ void memory_read_forward(int dtype, Address query, Stride4 query_stride, Address
   check("memory_read_forward", mk::memory_read_forward(&params));
 }
 
+void memory_read_backward(int dtype, Address grad_output, Stride4 grad_output_stride, Address query,
+                          Stride4 query_stride, Address key, Stride4 key_stride, Address value, Stride4 value_stride,
+                          Address slot_mask, Stride2 slot_mask_stride, Address output, Address rounding,
+                          Address log_sum_exp, Address statistics, Address carry, Address grad_query, Address grad_key,
+                          Address grad_value, int64_t B, int64_t H, int64_t L, int64_t M, int D, int64_t chunk,
+                          float scale, float log2_scale, Address stream) {
+  const mk::MemoryReadBackwardParams params{
+      .dtype = static_cast<mk::DType>(dtype),
+      .grad_output = pointer(grad_output),
+      .grad_output_stride = {grad_output_stride[0], grad_output_stride[1], grad_output_stride[2],
+                             grad_output_stride[3]},
+      .query = pointer(query),
+      .query_stride = {query_stride[0], query_stride[1], query_stride[2], query_stride[3]},
+      .key = pointer(key),
+      .key_stride = {key_stride[0], key_stride[1], key_stride[2], key_stride[3]},
+      .value = pointer(value),
+      .value_stride = {value_stride[0], value_stride[1], value_stride[2], value_stride[3]},
+      .slot_mask = pointer<const uint8_t>(slot_mask),
+      .slot_mask_stride = {slot_mask_stride[0], slot_mask_stride[1]},
+      .output = pointer(output),
+      .rounding = pointer(rounding),
+      .log_sum_exp = pointer<const float>(log_sum_exp),
+      .statistics = pointer<float>(statistics),
+      .carry = pointer<float>(carry),
+      .grad_query = pointer(grad_query),
+      .grad_key = pointer(grad_key),
+      .grad_value = pointer(grad_value),
+      .B = B,
+      .H = H,
+      .L = L,
+      .M = M,
+      .D = D,
+      .chunk = chunk,
+      .scale = scale,
+      .log2_scale = log2_scale,
+      .stream = reinterpret_cast<cudaStream_t>(stream),
+  };
+  check("memory_read_backward", mk::memory_read_backward(&params));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -129,4 +169,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.attr("memory_read_max_channels") = mk::kMemoryReadMaxD;
   module.def("memory_read_forward", memory_read_forward, release_gil);
+  module.attr("memory_read_backward_tokens") = mk::kMemoryReadBackwardTokens;
+  module.attr("memory_read_backward_slots") = mk::kMemoryReadBackwardSlots;
+  module.def("memory_read_backward", memory_read_backward, release_gil);
 }

@@ -1,45 +1,16 @@
 // memory_read, forward: which kernel runs, and its launch.
-#include "memformer_kernels/memory_read.cuh"
+#include "memformer_kernels/memory_read_forward.cuh"
+#include "memformer_kernels/tensor_map.h"
 
 namespace memformer_kernels {
 namespace {
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function that makes the map of a tensor for TMA, found without linking to it.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-    return error == cudaSuccess ? reinterpret_cast<EncodeTiled>(entry) : nullptr;
-  }();
-  return function;
-}
-
-// Of [B, H, rows, D], in boxes of so many rows and 64 channels.
-cudaError_t make_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&stride)[4], int64_t B, int64_t H,
-                     int64_t rows, int64_t D, int box_rows) {
-  const EncodeTiled encode = encode_tiled();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[4] = {cuuint64_t(D), cuuint64_t(rows), cuuint64_t(H), cuuint64_t(B)};
-  const auto bytes = [](int64_t size, int64_t elements) { return cuuint64_t(size == 1 ? 16 : 2 * elements); };
-  const cuuint64_t strides[3] = {bytes(rows, stride[2]), bytes(H, stride[1]), bytes(B, stride[0])};
-  const cuuint32_t box[4] = {kPanelColumns, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result =
-      encode(map, type, 4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 template <typename Traits>
 cudaError_t launch_kernel(const MemoryReadForwardParams& params) {
   CUtensorMap query{}, key{}, value{};
   if constexpr (!Traits::kGeneral) {
     const auto map = [&params](CUtensorMap* map, const void* data, const int64_t (&stride)[4], int64_t rows, int box) {
-      return make_map(map, params.dtype, data, stride, params.B, params.H, rows, params.D, box);
+      return make_tensor_map(map, params.dtype, data, stride, params.B, params.H, rows, params.D, box);
     };
     cudaError_t error = map(&query, params.query, params.query_stride, params.L, Traits::kRows);
     if (error == cudaSuccess) error = map(&key, params.key, params.key_stride, params.M, Traits::kSlots);
@@ -64,17 +35,10 @@ cudaError_t launch(const MemoryReadForwardParams& params) {
                         : launch_kernel<ReadForwardTraits<T, 128, 128, 2, 2, kGeneral>>(params);
 }
 
-// TMA copies rows of whole vectors at positive strides, and knows no mask.
 template <typename T>
 cudaError_t launch(const MemoryReadForwardParams& params) {
   const auto takes = [&params](const void* data, const int64_t(&stride)[4], int64_t rows) {
-    const int64_t sizes[3] = {params.B, params.H, rows};
-    int64_t used[4] = {stride[0], stride[1], stride[2], stride[3]};
-    for (int i = 0; i < 3; ++i) {
-      if (sizes[i] == 1) used[i] = Vector<T>::kSize;  // whatever it is, nothing moves along it
-      if (used[i] <= 0 || used[i] >= int64_t{1} << 38) return false;
-    }
-    return has_vector_rows<T>(data, used);
+    return tensor_map_takes(data, stride, params.B, params.H, rows);
   };
   const bool tma = params.slot_mask == nullptr && takes(params.query, params.query_stride, params.L) &&
                    takes(params.key, params.key_stride, params.M) && takes(params.value, params.value_stride, params.M);

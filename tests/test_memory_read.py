@@ -487,7 +487,7 @@ def test_second_derivative_is_refused_where_there_is_none(registered):
         ({}, None),
         ({"is_cuda": False}, "query must be on a CUDA device, got cuda:0"),
         ({"dtype": torch.float32}, "query must be float16 or bfloat16, got torch.float32"),
-        ({"slots": 320}, "key must have at least 321 slots, got 320: for fewer, Triton's kernels are ahead"),
+        ({"slots": 128}, "key must have at least 129 slots, got 128: for fewer, Triton's kernels are ahead"),
         ({"missing": "not compiled"}, "not compiled"),
         ({"width": 129}, "query must have at most 128 channels a head, got 129"),
         ({"architecture": 80}, "the GPU must have compute capability 9.0"),
@@ -498,7 +498,7 @@ def test_second_derivative_is_refused_where_there_is_none(registered):
 def test_cuda_kernel_says_what_it_cannot_take(monkeypatch, change, reason):
     pytest.importorskip("triton")  # its backward
     cuda_backend = importlib.import_module("memformer_kernels.ops.memory_read.cuda")
-    got = dict(is_cuda=True, dtype=torch.bfloat16, slots=321, width=128, architecture=90, compiled_for="80;90a")
+    got = dict(is_cuda=True, dtype=torch.bfloat16, slots=129, width=128, architecture=90, compiled_for="80;90a")
     got |= {"missing": None} | change
     shape, device = (1, 1, 5, got["width"]), torch.device("cuda", 0)
     query = SimpleNamespace(is_cuda=got["is_cuda"], dtype=got["dtype"], shape=shape, device=device)
@@ -510,3 +510,35 @@ def test_cuda_kernel_says_what_it_cannot_take(monkeypatch, change, reason):
     monkeypatch.setattr(cuda_backend.tiles, "architecture", lambda _: got["architecture"])
     found = cuda_backend.unsupported_reason(query, key, key, None, 1.0, False)
     assert found is None if reason is None else reason in found
+
+
+def _bfloat16(*shape):
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("make", "copied"),
+    [
+        (lambda: _bfloat16(2, 3, 5, 16), False),
+        (lambda: _bfloat16(2, 5, 3, 16).transpose(1, 2), False),
+        (lambda: _bfloat16(2, 3, 5, 48)[..., 16:32], False),
+        (lambda: _bfloat16(1, 1, 1, 16).as_strided((1, 1, 1, 16), (0, 3, 5, 1)), False),  # nothing moves
+        (lambda: _bfloat16(2, 3, 5, 12), True),  # rows of one and a half vectors
+        (lambda: _bfloat16(2, 3, 5, 20)[..., :16], True),
+        (lambda: _bfloat16(2, 3, 5, 24)[..., 4:20], True),
+        (lambda: _bfloat16(2, 3, 16, 5).mT, True),
+        (lambda: _bfloat16(2, 1, 5, 16).expand(2, 3, 5, 16), True),
+        (lambda: _bfloat16().expand(2, 3, 5, 16), True),
+    ],
+)
+def test_cuda_backward_copies_what_tma_cannot(make, copied):
+    pytest.importorskip("triton")
+    cuda_backend = importlib.import_module("memformer_kernels.ops.memory_read.cuda")
+    tensor = make()
+    taken = cuda_backend._in_vectors(tensor)
+    D = tensor.shape[3]
+    assert (taken is not tensor) == copied
+    assert taken.shape == (*tensor.shape[:3], -(-D // 8) * 8)
+    assert torch.equal(taken[..., :D], tensor) and not taken[..., D:].any()
+    if copied:
+        assert cuda_backend._in_vectors(taken) is taken

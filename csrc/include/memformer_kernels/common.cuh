@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "memformer_kernels/dtype.h"
 
@@ -35,6 +36,33 @@ template <>
 __device__ __forceinline__ __half from_float<__half>(float value) { return __float2half_rn(value); }
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+
+// Two elements in a word, the first in its low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  }
+  return bits;
+}
+
+template <typename T>
+__device__ __forceinline__ float unpack(uint32_t bits, int which) {
+  const uint16_t half = static_cast<uint16_t>(bits >> (16 * which));
+  T value;
+  memcpy(&value, &half, sizeof(value));
+  return to_float(value);
+}
+
+// 2^x; what would be denormal is 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Calls `launch` with a value of the C++ type of `dtype`; only its type matters.
 template <typename Launch>

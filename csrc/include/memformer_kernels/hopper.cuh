@@ -1,6 +1,6 @@
-// What Hopper adds, as PTX: barriers in shared memory, copies of tiles by the tensor memory accelerator (TMA), matrix
-// products of a group of four warps, and registers that groups hand to each other. PTX ISA 9.0, sections 9.7.9 to
-// 9.7.15.
+// What Hopper adds, as PTX: barriers in shared memory, copies of tiles by the tensor memory accelerator (TMA), clusters
+// of blocks, matrix products of a group of four warps, and registers that groups hand to each other. PTX ISA 9.0,
+// sections 9.7.9 to 9.7.15.
 #pragma once
 
 #include <cuda.h>
@@ -14,6 +14,7 @@
 namespace memformer_kernels {
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
+constexpr int kGroupRows = 64;      // of its matrix products
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -45,6 +46,19 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// A place in a ring of kSize, and the parity of the present round.
+template <int kSize>
+struct Ring {
+  int place = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++place == kSize) {
+      place = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // Barriers of the block by number: `threads` of them meet, some of which only arrive.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -70,6 +84,108 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// So many bytes, a multiple of 16, from one place in a row to another.
+__device__ __forceinline__ void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// -- Blocks of a cluster, which reach each other's shared memory -----------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {  // of this block
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ int cluster_number() {
+  uint32_t number;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+  return static_cast<int>(number);
+}
+__device__ __forceinline__ int cluster_count() {
+  uint32_t count;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return static_cast<int>(count);
+}
+
+// Where an address in this block's shared memory lies in that of block `rank`.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) {
+  uint32_t result;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+  return result;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Both addresses of the same block: the barrier's phase counts the 16 bytes when they are there.
+__device__ __forceinline__ void cluster_store(uint32_t target, const float* four, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+      "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void cluster_barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// -- Fragments: what a warp holds of a matrix -----------------------------------------------------------------------
+//
+// Of every 8 x 8 block lane i has elements 2 (i % 4) and that + 1 of row i / 4.
+
+// Elements of shared memory by their address.
+__device__ __forceinline__ float2 load_shared2(uint32_t address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ float4 load_shared4(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_shared_zero(uint32_t address) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}
+
+// Four blocks from and to shared memory; lane i gives the address of row i % 8 of block i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t* registers, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t* registers) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(registers[0]),
+               "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
+               : "memory");
+}
+
+// Of four lanes with four words each: lane i gets the i-th word of every one.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t received = __shfl_xor_sync(0xffffffffu, lane & step ? words[i] : words[i | step], step);
+      if (lane & step) {
+        words[i] = received;
+      } else {
+        words[i | step] = received;
+      }
+    }
+  }
+}
+
 // -- Registers -------------------------------------------------------------------------------------------------------
 
 template <int kRegisters>
@@ -79,6 +195,13 @@ __device__ __forceinline__ void take_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The value, from which the compiler computes nothing ahead of a loop, to keep it in registers that are needed there.
+template <typename T>
+__device__ __forceinline__ T fresh(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // -- Matrix products of a warpgroup ----------------------------------------------------------------------------------
@@ -111,48 +234,64 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
 
 #define MK_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
     "+f"(d[i + 6]), "+f"(d[i + 7])
-#define MK_32(d, i) MK_8(d, i), MK_8(d, i + 8), MK_8(d, i + 16), MK_8(d, i + 24)
-#define MK_NAMES_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
-    "%26,%27,%28,%29,%30,%31"
+#define MK_16(d, i) MK_8(d, i), MK_8(d, i + 8)
+#define MK_NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define MK_NAMES_32 MK_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define MK_NAMES_64 MK_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51," \
     "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-// The two products of a type and a width N. d [64, N] is a * b, with `adds` added to what d holds:
-// product<T>(d, a, b, adds): a [64, 16] and b [N, 16] in shared memory, the 16 contiguous: d = a b^T
-// product<T>(d, a, b, adds): a [64, 16] in registers, b [16, N] in shared memory, N contiguous: d = a b
-#define MK_PRODUCTS(TYPE, N, NAMES, P1, P2, P3, P4, P5, P6, ...) \
+// The two products of a type and a width N: d [64, N] is a [64, 16] times b [16, N], with `adds` added to what d holds.
+//   product<T, A, B>(d, a, b, adds): a and b in shared memory
+//   product<T, B>(d, a, b, adds): a in registers
+// A and B say along which of its dimensions an operand is contiguous.
+enum Major { kAlongSum = 0, kAcrossSum = 1 };
+
+#define MK_PRODUCTS(TYPE, N, NAMES, P1, P2, P3, P4, P5, P6, P7, ...) \
+  template <Major kA, Major kB> \
   __device__ __forceinline__ void product_##TYPE(float (&d)[N / 2], uint64_t a, uint64_t b, int adds) { \
     asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " P3 ", 0;\n" \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" NAMES "}, " P1 ", " P2 \
-                 ", adds, 1, 1, 0, 0;\n}\n" \
+                 ", adds, 1, 1, " P4 ", " P5 ";\n}\n" \
                  : __VA_ARGS__ \
-                 : "l"(a), "l"(b), "r"(adds)); \
+                 : "l"(a), "l"(b), "r"(adds), "n"(int(kA)), "n"(int(kB))); \
   } \
+  template <Major kB> \
   __device__ __forceinline__ void product_##TYPE(float (&d)[N / 2], const uint32_t* a, uint64_t b, int adds) { \
     asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " P6 ", 0;\n" \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" NAMES "}, {" P1 "," P2 "," P3 \
-                 "," P4 "}, " P5 ", adds, 1, 1, 1;\n}\n" \
+                 "," P4 "}, " P5 ", adds, 1, 1, " P7 ";\n}\n" \
                  : __VA_ARGS__ \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds)); \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(int(kB))); \
   }
 #define MK_PRODUCTS_OF(TYPE) \
-  MK_PRODUCTS(TYPE, 64, MK_NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37", MK_32(d, 0)) \
-  MK_PRODUCTS(TYPE, 128, MK_NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69", MK_32(d, 0), MK_32(d, 32))
+  MK_PRODUCTS(TYPE, 32, MK_NAMES_16, "%16", "%17", "%18", "%19", "%20", "%21", "%22", MK_16(d, 0)) \
+  MK_PRODUCTS(TYPE, 64, MK_NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", MK_16(d, 0), MK_16(d, 16)) \
+  MK_PRODUCTS(TYPE, 128, MK_NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", MK_16(d, 0), MK_16(d, 16), \
+              MK_16(d, 32), MK_16(d, 48))
 MK_PRODUCTS_OF(f16)
 MK_PRODUCTS_OF(bf16)
 #undef MK_PRODUCTS_OF
 #undef MK_PRODUCTS
 #undef MK_NAMES_64
 #undef MK_NAMES_32
-#undef MK_32
+#undef MK_NAMES_16
+#undef MK_16
 #undef MK_8
 
-template <typename T, typename A, int kCount>
-__device__ __forceinline__ void product(float (&d)[kCount], A a, uint64_t b, int adds) {
+template <typename T, Major kA, Major kB, int kCount>
+__device__ __forceinline__ void product(float (&d)[kCount], uint64_t a, uint64_t b, int adds) {
   if constexpr (std::is_same_v<T, __half>) {
-    product_f16(d, a, b, adds);
+    product_f16<kA, kB>(d, a, b, adds);
   } else {
-    product_bf16(d, a, b, adds);
+    product_bf16<kA, kB>(d, a, b, adds);
+  }
+}
+template <typename T, Major kB, int kCount>
+__device__ __forceinline__ void product(float (&d)[kCount], const uint32_t* a, uint64_t b, int adds) {
+  if constexpr (std::is_same_v<T, __half>) {
+    product_f16<kB>(d, a, b, adds);
+  } else {
+    product_bf16<kB>(d, a, b, adds);
   }
 }
 

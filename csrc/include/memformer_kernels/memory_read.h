@@ -36,4 +36,38 @@ struct MemoryReadForwardParams {
 
 extern "C" cudaError_t memory_read_forward(const MemoryReadForwardParams* params);
 
+// Tokens of a tile of the backward, to a whole number of which its statistics are padded, and slots that stay on chip:
+// of more, `carry` takes the sum of the query's gradient from each group to the next.
+constexpr int kMemoryReadBackwardTokens = 64;
+constexpr int kMemoryReadBackwardSlots = 1024;
+
+struct MemoryReadBackwardParams {
+  DType dtype;              // of every `void` pointer but the two of sums: float16 or bfloat16
+  const void* grad_output;  // [B, H, L, D], as query, key and value of whole vectors of 16 bytes: D a multiple of 8
+  int64_t grad_output_stride[4];
+  const void* query;        // [B, H, L, D]
+  int64_t query_stride[4];
+  const void* key;          // [B, H, M, D]
+  int64_t key_stride[4];
+  const void* value;        // [B, H, M, D]
+  int64_t value_stride[4];
+  const uint8_t* slot_mask;  // [B, M], or null
+  int64_t slot_mask_stride[2];
+  const void* output;       // [B, L, H, D]
+  const void* rounding;     // [B, L, H, D]
+  const float* log_sum_exp;  // [B, H, L]
+  float* statistics;        // [B, H, tiles of tokens, 2, tokens of a tile]: workspace
+  float* carry;             // [B, L, H, D]: workspace; or null for one group of slots
+  void* grad_query;         // [B, L, H, D]
+  void* grad_key;           // [B, M, H, D], or float sums of chunks [chunks, B, M, H, D]
+  void* grad_value;         // like grad_key
+  int64_t B, H, L, M;
+  int D;
+  int64_t chunk;            // tokens that a sum is over, a whole number of tiles
+  float scale, log2_scale;
+  cudaStream_t stream;
+};
+
+extern "C" cudaError_t memory_read_backward(const MemoryReadBackwardParams* params);
+
 }  // namespace memformer_kernels

@@ -1,7 +1,6 @@
-"""`memory_read` in CUDA C++: its limits, its buffers, the call into the compiled module.
-
-The forward, for more slots than Triton's kernels are ahead at; `csrc/include/memformer_kernels/memory_read.cuh` has the
-kernel. The backward is Triton's.
+"""`memory_read` in CUDA C++, for more slots than Triton's kernels are ahead at: its limits, its buffers, the calls into
+the compiled module. `csrc/include/memformer_kernels/memory_read_forward.cuh` and `memory_read_backward.cuh` have the
+kernels.
 """
 
 import torch
@@ -10,13 +9,17 @@ from torch import Tensor
 from memformer_kernels import _extension, tiles
 from memformer_kernels.compiling import constant
 from memformer_kernels.ops.memory_read import triton
-from memformer_kernels.ops.memory_read.triton import backward, saves_log_sum_exp  # noqa: F401
-from memformer_kernels.ops.per_head import new_per_head
+from memformer_kernels.ops.memory_read.triton import saves_log_sum_exp  # noqa: F401
+from memformer_kernels.ops.per_head import as_new_per_head, new_per_head
+from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import LOG2_E
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # names in the module
 ARCHITECTURE = 90  # and compiled for 90a: TMA and the matrix products of warpgroups are Hopper's alone
-LEAST_SLOTS = 321
+LEAST_SLOTS = 129
+LEAST_SLOTS_FORWARD = 321  # for fewer, the forward is Triton's
+VECTOR = 8  # elements of 16 bytes
+CHUNK = 8192  # tokens that one sum is over in the backward: one row of that many keeps a GPU busy
 
 
 def unsupported_reason(
@@ -51,6 +54,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(output, log_sum_exp, rounding)`, as Triton's: the same function, in other tiles."""
     B, H, L, D = query.shape
+    if key.shape[2] < LEAST_SLOTS_FORWARD:
+        return triton.forward(query, key, value, slot_mask, scale, allow_tf32, save)
     output, log_sum_exp, rounding = new_per_head(query, L), None, None
     if save:
         log_sum_exp, rounding = query.new_empty((B, H, L), dtype=torch.float32), new_per_head(query, L)
@@ -81,3 +86,83 @@ def forward(
             torch._C._cuda_getCurrentRawStream(query.device.index),
         )
     return output, log_sum_exp, rounding
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mask: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    rounding: Tensor,
+    scale: float,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. Tensors that TMA cannot copy, with rows that are no whole vectors or strides
+    of 0, are copied first."""
+    B, H, L, D = query.shape
+    slots = key.shape[2]
+    if query.numel() == 0:
+        return new_per_head(query, L), new_per_head(key, slots).zero_(), new_per_head(key, slots).zero_()
+    grad, query, key, value, output, rounding = map(_in_vectors, (grad, query, key, value, output, rounding))
+    extension = _extension.load()
+    tokens = extension.memory_read_backward_tokens
+    tiles_of_tokens = -(-L // tokens)
+    statistics = query.new_empty((B * H * tiles_of_tokens, 2, tokens), dtype=torch.float32)
+    carry = None
+    if slots > extension.memory_read_backward_slots:
+        carry = query.new_empty(query.numel(), dtype=torch.float32)
+    grad_query, grad_key, grad_value = new_per_head(query, L), new_per_head(key, slots), new_per_head(key, slots)
+    sums = grad_key, grad_value
+    chunks = -(-L // CHUNK)
+    if chunks > 1:
+        sums = key.new_empty((2, chunks, grad_key.numel()), dtype=torch.float32).unbind()
+    with _extension.on_device(query.device):
+        extension.memory_read_backward(
+            getattr(extension, DTYPES[query.dtype]),
+            grad.data_ptr(),
+            grad.stride(),
+            query.data_ptr(),
+            query.stride(),
+            key.data_ptr(),
+            key.stride(),
+            value.data_ptr(),
+            value.stride(),
+            0 if slot_mask is None else slot_mask.data_ptr(),
+            (0, 0) if slot_mask is None else slot_mask.stride(),
+            output.data_ptr(),
+            rounding.data_ptr(),
+            log_sum_exp.data_ptr(),
+            statistics.data_ptr(),
+            0 if carry is None else carry.data_ptr(),
+            grad_query.data_ptr(),
+            *(total.data_ptr() for total in sums),
+            B,
+            H,
+            L,
+            slots,
+            query.shape[3],
+            CHUNK,
+            scale,
+            scale * LOG2_E,
+            torch._C._cuda_getCurrentRawStream(query.device.index),
+        )
+    if chunks > 1:
+        add_chunks = sum_partials(chunks, grad_key.numel(), key.dtype, key.device)
+        add_chunks(sums[0], grad_key)
+        add_chunks(sums[1], grad_value)
+    if query.shape[3] == D:
+        return grad_query, grad_key, grad_value
+    return tuple(as_new_per_head(t[..., :D]) for t in (grad_query, grad_key, grad_value))
+
+
+def _in_vectors(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy that TMA can copy, of rows padded with 0 to whole vectors."""
+    *sizes, D = tensor.shape
+    *strides, step = tensor.stride()
+    vectors = all(size == 1 or (s > 0 and s % VECTOR == 0) for size, s in zip(sizes, strides, strict=True))
+    if vectors and step == 1 and D % VECTOR == 0 and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return as_new_per_head(torch.nn.functional.pad(tensor, (0, -D % VECTOR)))

@@ -9,15 +9,11 @@
 // tile of tokens without a pause: the logits of its first slots are issued with the last product of the tile before.
 #pragma once
 
-#include <type_traits>
-
 #include "memformer_kernels/common.cuh"
 #include "memformer_kernels/hopper.cuh"
 #include "memformer_kernels/memory_read.h"
 
 namespace memformer_kernels {
-
-constexpr int kGroupRows = 64;
 
 template <typename T_, int kWidth_, int kSlots_, int kStages_, int kGroups_, bool kGeneral_>
 struct ReadForwardTraits {
@@ -55,19 +51,6 @@ struct ReadForwardShared {
   __device__ uint32_t value_full(int i) const { return key_full(Traits::kStages + i); }
   __device__ uint32_t key_empty(int i) const { return value_full(Traits::kStages + i); }
   __device__ uint32_t value_empty(int i) const { return key_empty(Traits::kStages + i); }
-};
-
-// A place in a ring of kSize, and the parity of the present round.
-template <int kSize>
-struct Ring {
-  int place = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++place == kSize) {
-      place = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 struct ReadTile {
@@ -114,7 +97,8 @@ __device__ __forceinline__ void read_forward_copy(const MemoryReadForwardParams&
     const auto copy = [&](auto tile_rows, uint32_t target, uint32_t empty, uint32_t full, uint32_t parity,
                           const CUtensorMap& map, const void* data, const int64_t(&stride)[4], int first, int64_t rows,
                           const uint8_t* mask) {
-      constexpr int kTileRows = decltype(tile_rows)::value, kPanel = kTileRows * kPanelRowBytes;
+      constexpr int kTileRows = decltype(tile_rows)::value;
+      [[maybe_unused]] constexpr int kPanel = kTileRows * kPanelRowBytes;
       barrier_wait(empty, parity ^ 1);
       if constexpr (Traits::kGeneral) {
         const T* matrix = static_cast<const T*>(data) + at.batch * stride[0] + at.head * stride[1];
@@ -149,50 +133,6 @@ __device__ __forceinline__ void read_forward_copy(const MemoryReadForwardParams&
 
 constexpr float kNearLogits = 128.0f;  // scaled, in base 2
 
-// 2^x; what would be denormal is 0.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-  }
-  return bits;
-}
-
-template <typename T>
-__device__ __forceinline__ float unpack(uint32_t bits, int which) {
-  const uint16_t half = static_cast<uint16_t>(bits >> (16 * which));
-  T value;
-  memcpy(&value, &half, sizeof(value));
-  return to_float(value);
-}
-
-// Of four lanes with four words each: lane i gets the i-th word of every one.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
-  const int lane = threadIdx.x % 4;
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const uint32_t received = __shfl_xor_sync(0xffffffffu, lane & step ? words[i] : words[i | step], step);
-      if (lane & step) {
-        words[i] = received;
-      } else {
-        words[i | step] = received;
-      }
-    }
-  }
-}
-
 template <typename Traits>
 __device__ __forceinline__ void read_forward_compute(const MemoryReadForwardParams& params,
                                                      ReadForwardShared<Traits> shared, int64_t tiles, int group) {
@@ -221,14 +161,14 @@ __device__ __forceinline__ void read_forward_compute(const MemoryReadForwardPara
 #pragma unroll
     for (int k = 0; k < kWidthSteps; ++k) {
       const int panel = k / 4, inside = k % 4 * 32;
-      product<T>(s, a + ((panel * Traits::kQueryPanel + inside) >> 4), b + ((panel * Traits::kSlotPanel + inside) >> 4),
-                 k > 0);
+      product<T, kAlongSum, kAlongSum>(s, a + ((panel * Traits::kQueryPanel + inside) >> 4),
+                                       b + ((panel * Traits::kSlotPanel + inside) >> 4), k > 0);
     }
   };
   const auto issue_output = [&](bool adds) {
     const uint64_t b = tile_descriptor(shared.value(values.place), Traits::kSlotPanel);
 #pragma unroll
-    for (int k = 0; k < kSlotSteps; ++k) product<T>(out, p + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
+    for (int k = 0; k < kSlotSteps; ++k) product<T, kAcrossSum>(out, p + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
   };
   // Logits of one tile of slots into weights relative to the new maximum; what the sums so far shrink by.
   const auto softmax = [&](int slot_tile, int batch, bool first, float(&shrink)[2]) {

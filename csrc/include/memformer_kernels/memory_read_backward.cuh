@@ -1,0 +1,576 @@
+// memory_read, backward, on Hopper.
+//
+//   p = exp(scale (s - lse))    s = query key^T    ds = p (grad value^T - delta)    delta = rowdot(grad, output)
+//   grad_value = p^T grad       grad_key = scale ds^T query       grad_query = scale ds key
+//
+// The slots stay on chip and the tokens stream past, in one pass of five products. A cluster of blocks holds the slots
+// of a head, 128 a block: their keys and values, and the sums of their gradients in registers. What the slots of one
+// block add to the query's gradient goes to the block of the cluster that adds up that part of the tile, always in the
+// order of the blocks: no atomics, no sum in global memory.
+//
+// Of a block's three warpgroups one copies tiles into shared memory and two compute, each with 64 slots as the rows of
+// its products, s^T and ds^T, and add up in turns.
+#pragma once
+
+#include "memformer_kernels/common.cuh"
+#include "memformer_kernels/hopper.cuh"
+#include "memformer_kernels/memory_read.h"
+
+namespace memformer_kernels {
+
+template <typename T_, int kWidth_, int kBlocks_>
+struct ReadBackwardTraits {
+  using T = T_;
+  static constexpr int kWidth = kWidth_;    // channels of a head's tile: 64 or 128
+  static constexpr int kBlocks = kBlocks_;  // of a cluster: 2, 3, 4, 6 or 8
+  static constexpr bool kWide = kWidth > 64;
+  static constexpr int kGroups = 2;
+  static constexpr int kSlots = kGroups * kGroupRows;
+  static constexpr int kTokens = kMemoryReadBackwardTokens;
+  static constexpr int kHeld = kWide ? 1 : 2;    // pairs of keys and values on chip: those of the next head too
+  static constexpr int kStages = kWide ? 2 : 3;  // tiles of tokens on their way
+  static constexpr int kScores = 2;              // tiles of ds
+  static constexpr int kParts = kWide ? 2 : 3;   // tiles of what blocks send each other
+  static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+  // Registers that a block starts with, of one thread of each group, and how the groups share them.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
+  static constexpr int kCopyRegisters = kWide ? 24 : 40;
+  static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
+
+  static constexpr int kPanels = kWidth / kPanelColumns;
+  static constexpr int kSlotPanel = kSlots * kPanelRowBytes;
+  static constexpr int kSlotTile = kPanels * kSlotPanel;
+  static constexpr int kTokenPanel = kTokens * kPanelRowBytes;
+  static constexpr int kTokenTile = kPanels * kTokenPanel;
+  static constexpr int kStatistics = 2 * kTokens * 4;
+  static constexpr int kScoreTile = kSlots * kTokens * 2;
+  static_assert(kTokens * 2 == kPanelRowBytes, "a slot's ds of a tile is one row");
+
+  // The query's gradient of a tile is added up in units of 16 tokens and 16 channels, which a warp holds: dealt to the
+  // blocks of the cluster one after the other.
+  static constexpr int kUnitColumns = kWidth / 16;
+  static constexpr int kUnits = kTokens / 16 * kUnitColumns;
+  static constexpr int kOwnUnits = (kUnits + kBlocks - 1) / kBlocks;  // or one less, of a block
+  static constexpr int kUnitBytes = 16 * 16 * 4;
+  static constexpr int kPartsTile = kOwnUnits * kBlocks * kUnitBytes;
+  __device__ static uint32_t parts_bytes() {
+    return (kUnits - cluster_rank() + kBlocks - 1) / kBlocks * kBlocks * kUnitBytes;
+  }
+  static constexpr int kBarriers = 2 * (kHeld + kStages + kScores + kParts);
+  static constexpr int kShared = 1024 + 2 * kHeld * kSlotTile + kStages * (2 * kTokenTile + kStatistics) +
+                                 kScores * kScoreTile + kParts * kPartsTile + 8 * kBarriers;
+};
+
+// Places in shared memory, as addresses; an index is a place in a ring.
+template <typename Traits>
+struct ReadBackwardShared {
+  uint32_t base;
+  __device__ uint32_t key(int i) const { return base + i * Traits::kSlotTile; }
+  __device__ uint32_t value(int i) const { return key(Traits::kHeld + i); }
+  __device__ uint32_t query(int i) const { return value(Traits::kHeld) + i * Traits::kTokenTile; }
+  __device__ uint32_t grad(int i) const { return query(Traits::kStages + i); }
+  __device__ uint32_t scores(int i) const { return grad(Traits::kStages) + i * Traits::kScoreTile; }  // ds^T
+  __device__ uint32_t parts(int i) const { return scores(Traits::kScores) + i * Traits::kPartsTile; }
+  __device__ uint32_t statistics(int i) const { return parts(Traits::kParts) + i * Traits::kStatistics; }
+  __device__ uint32_t held_full(int i) const { return statistics(Traits::kStages) + 8 * i; }
+  __device__ uint32_t held_empty(int i) const { return held_full(Traits::kHeld + i); }
+  __device__ uint32_t tokens_full(int i) const { return held_empty(Traits::kHeld + i); }
+  __device__ uint32_t tokens_empty(int i) const { return tokens_full(Traits::kStages + i); }
+  __device__ uint32_t scores_full(int i) const { return tokens_empty(Traits::kStages + i); }
+  __device__ uint32_t scores_empty(int i) const { return scores_full(Traits::kScores + i); }
+  __device__ uint32_t parts_full(int i) const { return scores_empty(Traits::kScores + i); }  // in the block that adds
+  __device__ uint32_t parts_empty(int i) const { return parts_full(Traits::kParts + i); }  // in those that send
+};
+
+// What a cluster does at a time: a part, which is a chunk of a head's tokens, with a group of its slots, as many as the
+// cluster holds. It goes on with the part's next group: tokens, and their query's gradient so far, are still in the L2
+// cache.
+struct ReadBackwardWork {
+  int parts, chunks, groups;  // in all, of a head, of a part
+};
+
+struct ReadBackwardStep {
+  int part, group;
+  __device__ __forceinline__ ReadBackwardStep() : part(cluster_number()), group(0) {}
+  __device__ __forceinline__ bool inside(const ReadBackwardWork& work) const { return part < work.parts; }
+  __device__ __forceinline__ void next(const ReadBackwardWork& work) {
+    if (++group < work.groups) return;
+    group = 0;
+    part += cluster_count();
+  }
+};
+
+// Of this block, in the tensors.
+struct ReadBackwardItem {
+  int batch, head, chunk, first_token, tiles, first_slot;
+};
+
+template <typename Traits>
+__device__ __forceinline__ ReadBackwardItem read_backward_item(const MemoryReadBackwardParams& params,
+                                                               const ReadBackwardWork& work, ReadBackwardStep step) {
+  const int head = step.part / work.chunks, chunk = step.part % work.chunks, H = static_cast<int>(params.H);
+  const int size = static_cast<int>(params.chunk), first = chunk * size, left = static_cast<int>(params.L) - first;
+  return {head / H, head % H, chunk, first, ceil_div(left < size ? left : size, Traits::kTokens),
+          (step.group * Traits::kBlocks + cluster_rank()) * Traits::kSlots};
+}
+
+template <typename Traits>
+__device__ __forceinline__ void read_backward_copy(const MemoryReadBackwardParams& params, const ReadBackwardWork& work,
+                                                   const CUtensorMap& grad_map, const CUtensorMap& query_map,
+                                                   const CUtensorMap& key_map, const CUtensorMap& value_map,
+                                                   ReadBackwardShared<Traits> shared) {
+  constexpr int kTokens = Traits::kTokens;
+  const int token_tiles = ceil_div(static_cast<int>(params.L), kTokens);
+  Ring<Traits::kHeld> held;
+  Ring<Traits::kStages> stage;
+  for (ReadBackwardStep step; step.inside(work); step.next(work), held.next()) {
+    const ReadBackwardItem item = read_backward_item<Traits>(params, work, step);
+    // Loops that are not unrolled: registers are few.
+    const auto copy = [&](uint32_t target, int panel_bytes, const CUtensorMap& map, uint32_t full, int row) {
+#pragma unroll 1
+      for (int channel = 0; channel < Traits::kWidth; channel += kPanelColumns, target += panel_bytes) {
+        copy_tile(target, &map, full, channel, row, item.head, item.batch);
+      }
+    };
+    const uint32_t held_full = shared.held_full(held.place);
+    barrier_wait(shared.held_empty(held.place), held.parity ^ 1);
+    barrier_arrive_expecting(held_full, 2 * Traits::kSlotTile);
+    copy(shared.key(held.place), Traits::kSlotPanel, key_map, held_full, item.first_slot);
+    copy(shared.value(held.place), Traits::kSlotPanel, value_map, held_full, item.first_slot);
+    const int64_t tile = (item.batch * params.H + item.head) * token_tiles + item.first_token / kTokens;
+    const float* statistics = params.statistics + tile * 2 * kTokens;
+    int token = item.first_token;
+#pragma unroll 1
+    for (int t = item.tiles; t > 0; --t, stage.next()) {
+      const uint32_t full = shared.tokens_full(stage.place);
+      barrier_wait(shared.tokens_empty(stage.place), stage.parity ^ 1);
+      barrier_arrive_expecting(full, 2 * Traits::kTokenTile + Traits::kStatistics);
+      copy(shared.query(stage.place), Traits::kTokenPanel, query_map, full, token);
+      copy(shared.grad(stage.place), Traits::kTokenPanel, grad_map, full, token);
+      copy_bytes(shared.statistics(stage.place), statistics, Traits::kStatistics, full);
+      token += kTokens;
+      statistics += 2 * kTokens;
+    }
+  }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardParams& params,
+                                                      const ReadBackwardWork& work, ReadBackwardShared<Traits> shared,
+                                                      int group) {
+  using T = typename Traits::T;
+  constexpr int kWidth = Traits::kWidth, kTokens = Traits::kTokens, kGroupCount = Traits::kGroups;
+  constexpr int kWidthSteps = kWidth / 16, kTokenSteps = kTokens / 16, kSlotSteps = Traits::kSlots / 16;
+  constexpr int kThreads = kGroupCount * kGroupThreads;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize % 4, 0);
+  const bool elected = lane == 0;
+  const float log2_scale = params.log2_scale;
+  const int group_offset = group * kGroupRows * kPanelRowBytes;
+
+  float s[kTokens / 2], dp[kTokens / 2];     // [slots, tokens]: logits, then weights; their gradients
+  uint32_t p[kTokens / 4], ds[kTokens / 4];  // rounded
+  float grad_key[kWidth / 2], grad_value[kWidth / 2];
+  float grad_query[kWidth / 4];  // of this group's half of the channels
+  uint32_t key[Traits::kWide ? 1 : kWidth / 4], value[Traits::kWide ? 1 : kWidth / 4];  // narrow heads' stay here
+
+  Ring<Traits::kHeld> held;
+  Ring<Traits::kStages> stage;
+  Ring<Traits::kScores> stored, multiplied;  // of ds
+  Ring<Traits::kParts> sent, added;          // of what blocks send each other
+
+  // d: the rows of this group's slots times those of a tile of tokens.
+  const auto issue_against = [&](float(&d)[kTokens / 2], const uint32_t* rows, uint32_t rows_tile, uint32_t tokens) {
+    const uint64_t b = tile_descriptor(tokens, 0);
+    if constexpr (Traits::kWide) {
+      const uint64_t a = tile_descriptor(fresh(rows_tile) + group_offset, 0);
+#pragma unroll
+      for (int k = 0; k < kWidthSteps; ++k) {
+        const int panel = k / 4, inside = k % 4 * 32;
+        product<T, kAlongSum, kAlongSum>(d, a + ((panel * Traits::kSlotPanel + inside) >> 4),
+                                         b + ((panel * Traits::kTokenPanel + inside) >> 4), k > 0);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWidthSteps; ++k) product<T, kAlongSum>(d, rows + 4 * k, b + (k * 32 >> 4), k > 0);
+    }
+    product_commit();
+  };
+  const auto issue_logits = [&] { issue_against(s, key, shared.key(held.place), shared.query(stage.place)); };
+  const auto issue_weights_grad = [&] { issue_against(dp, value, shared.value(held.place), shared.grad(stage.place)); };
+  const auto issue_sum = [&](float(&d)[kWidth / 2], const uint32_t* a, uint32_t tokens, bool adds) {
+    const uint64_t b = tile_descriptor(tokens, Traits::kTokenPanel);
+#pragma unroll
+    for (int k = 0; k < kTokenSteps; ++k) product<T, kAcrossSum>(d, a + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
+  };
+  const auto issue_grad_query = [&] {
+    const int channels = group * kWidth / 2;
+    const uint64_t a = tile_descriptor(shared.scores(multiplied.place), 0);
+    const uint64_t b = tile_descriptor(fresh(shared.key(held.place)) + channels / kPanelColumns * Traits::kSlotPanel +
+                                           channels % kPanelColumns * 2, 0);
+#pragma unroll
+    for (int k = 0; k < kSlotSteps; ++k) {
+      product<T, kAcrossSum, kAcrossSum>(grad_query, a + (k * 2048 >> 4), b + (k * 2048 >> 4), k > 0);
+    }
+  };
+  const auto load_rows = [&](uint32_t* rows, uint32_t tile) {
+    const int row = group * kGroupRows + warp * 16 + lane % 16;
+#pragma unroll
+    for (int k = 0; k < kWidthSteps; ++k) {
+      load_matrices(rows + 4 * k, tile + row * kPanelRowBytes + ((2 * k + lane / 16) ^ row % 8) * 16);
+    }
+  };
+  const auto store_scores = [&] {
+    const int row = fresh(group * kGroupRows + warp * 16 + lane % 16);
+    const uint32_t tile = shared.scores(stored.place) + row * kPanelRowBytes;
+#pragma unroll
+    for (int k = 0; k < kTokenSteps; ++k) store_matrices(tile + ((2 * k + lane / 16) ^ row % 8) * 16, ds + 4 * k);
+    fence_async_proxy();
+    __syncwarp();
+    if (elected) barrier_arrive(shared.scores_full(stored.place));
+    stored.next();
+  };
+  // To the blocks that add up the units of this warp's rows and this group's channels.
+  const auto send_grad_query = [&] {
+    constexpr int kOwn = Traits::kUnitColumns / kGroupCount;
+    barrier_wait(shared.parts_empty(sent.place), sent.parity ^ 1);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int unit = warp * Traits::kUnitColumns + group * kOwn + i;
+      const int block = unit % Traits::kBlocks, place = unit - block + cluster_rank();
+      const uint32_t offset = place * Traits::kUnitBytes + fresh(lane) * 16;
+      const uint32_t target = cluster_address(shared.parts(sent.place) + offset, block);
+      const uint32_t full = cluster_address(shared.parts_full(sent.place), block);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        cluster_store(target + half * kWarpSize * 16, grad_query + (2 * i + half) * 4, full);
+      }
+    }
+    sent.next();
+  };
+
+  struct Rows {       // of the query's gradient, from a tile on
+    int64_t element;  // of the first
+    int count;
+    int group;        // of slots
+    int turn;         // which of the two adds the tile up: the same one, whatever the group of slots
+  };
+  // This block's units of a tile, of all blocks of the cluster, by the group whose turn it is.
+  const auto add_up = [&](const Rows& of) {
+    const uint32_t full = shared.parts_full(added.place);
+    if (of.turn == group) {
+      const int row_size = static_cast<int>(params.H) * params.D, half = warp % 2, at_lane = fresh(lane);
+      barrier_wait(full, added.parity);
+#pragma unroll
+      for (int i = 0; i < (Traits::kOwnUnits + 1) / 2; ++i) {
+        const int own = 2 * i + warp / 2, unit = own * Traits::kBlocks + cluster_rank();
+        if (unit >= Traits::kUnits) break;
+        const int row = unit / Traits::kUnitColumns * 16 + at_lane / 4;  // and eight rows below
+        const int channel = unit % Traits::kUnitColumns * 16 + half * 8 + at_lane % 4 * 2;
+        const bool inside = row < of.count && channel < params.D, below = row + 8 < of.count && channel < params.D;
+        const int64_t at = (of.element + (row * row_size + channel)) / 2, at_below = at + 4 * row_size;
+        float2* carry = reinterpret_cast<float2*>(params.carry);
+        float2 sum[2] = {};
+        if (of.group > 0 && inside) sum[0] = carry[at];
+        if (of.group > 0 && below) sum[1] = carry[at_below];
+        const uint32_t from = shared.parts(added.place) + own * Traits::kBlocks * Traits::kUnitBytes +
+                              (half * kWarpSize + at_lane) * 16;
+        constexpr int kAtATime = Traits::kBlocks % 4 == 0 ? 4 : Traits::kBlocks == 2 ? 2 : 3;  // registers are few
+#pragma unroll
+        for (int first = 0; first < Traits::kBlocks; first += kAtATime) {
+          float4 part[kAtATime];
+#pragma unroll
+          for (int j = 0; j < kAtATime; ++j) part[j] = load_shared4(from + (first + j) * Traits::kUnitBytes);
+#pragma unroll
+          for (int j = 0; j < kAtATime; ++j) {
+            sum[0].x += part[j].x, sum[0].y += part[j].y, sum[1].x += part[j].z, sum[1].y += part[j].w;
+          }
+        }
+        if (of.group == work.groups - 1) {
+          uint32_t* target = static_cast<uint32_t*>(params.grad_query);
+          if (inside) target[at] = pack<T>(sum[0].x * params.scale, sum[0].y * params.scale);
+          if (below) target[at_below] = pack<T>(sum[1].x * params.scale, sum[1].y * params.scale);
+        } else {
+          if (inside) carry[at] = sum[0];
+          if (below) carry[at_below] = sum[1];
+        }
+      }
+      if (warp == 0 && elected) barrier_arrive_expecting(full, Traits::parts_bytes());
+      __syncwarp();
+      if (lane < Traits::kBlocks) cluster_barrier_arrive(cluster_address(shared.parts_empty(added.place), lane));
+    }
+    added.next();
+  };
+
+  const int M = static_cast<int>(params.M);
+  int first_slot = 0;   // of this block
+  bool hides = false;   // some of its slots
+  bool visible[2];       // this thread's two
+  const auto slot_of = [&](int r) {
+    return first_slot + group * kGroupRows + warp * 16 + fresh(lane) / 4 + 8 * r;
+  };
+  const auto hide = [&](float(&x)[kTokens / 2]) {
+    if (!hides) return;
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) x[i] = visible[i / 2 % 2] ? x[i] : 0.0f;
+  };
+  const auto weigh = [&] {
+    const uint32_t lse = shared.statistics(stage.place) + lane % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const float2 of = load_shared2(lse + j * 32);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        s[4 * j + 2 * r] = exp2_fast((s[4 * j + 2 * r] - of.x) * log2_scale);
+        s[4 * j + 2 * r + 1] = exp2_fast((s[4 * j + 2 * r + 1] - of.y) * log2_scale);
+      }
+    }
+    hide(s);
+#pragma unroll
+    for (int i = 0; i < kTokens / 4; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+  };
+  const auto differentiate = [&] {
+    const uint32_t delta = shared.statistics(stage.place) + kTokens * 4 + lane % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const float2 of = load_shared2(delta + j * 32);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        dp[4 * j + 2 * r] = s[4 * j + 2 * r] * (dp[4 * j + 2 * r] - of.x);
+        dp[4 * j + 2 * r + 1] = s[4 * j + 2 * r + 1] * (dp[4 * j + 2 * r + 1] - of.y);
+      }
+    }
+    hide(dp);
+#pragma unroll
+    for (int i = 0; i < kTokens / 4; ++i) ds[i] = pack<T>(dp[2 * i], dp[2 * i + 1]);
+  };
+  ReadBackwardStep item;
+  const auto store = [&](void* target, const float(&sums)[kWidth / 2], float scale) {
+    const ReadBackwardItem at = read_backward_item<Traits>(params, work, item);
+    const int64_t first = ((at.chunk * params.B + at.batch) * params.M * params.H + at.head) * params.D;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int slot = slot_of(r), channel = fresh(lane) % 4 * 2;
+      const int64_t element = first + slot * params.H * params.D + channel;
+#pragma unroll
+      for (int j = 0; j < kWidth / 8; ++j) {
+        if (slot >= M || 8 * j + channel >= params.D) break;
+        const float low = sums[4 * j + 2 * r] * scale, high = sums[4 * j + 2 * r + 1] * scale;
+        if (work.chunks == 1) {
+          *reinterpret_cast<uint32_t*>(static_cast<T*>(target) + element + 8 * j) = pack<T>(low, high);
+        } else {
+          *reinterpret_cast<float2*>(static_cast<float*>(target) + element + 8 * j) = make_float2(low, high);
+        }
+      }
+    }
+  };
+
+  // The keys and values of an item, once they are here.
+  const auto take_slots = [&](int batch) {
+    barrier_wait(shared.held_full(held.place), held.parity);
+    hides = params.slot_mask != nullptr || first_slot + Traits::kSlots > M;
+    if (hides) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int slot = slot_of(r);
+        visible[r] = slot < M &&
+                     (params.slot_mask == nullptr ||
+                      params.slot_mask[batch * params.slot_mask_stride[0] + slot * params.slot_mask_stride[1]]);
+        if (visible[r]) continue;
+        const int row = group * kGroupRows + warp * 16 + lane / 4 + 8 * r;
+#pragma unroll
+        for (int c = 0; c < Traits::kPanels * 2; ++c) {  // whatever they hold, even NaN, must not reach a product
+          const uint32_t offset = c / 2 * Traits::kSlotPanel + row * kPanelRowBytes + (lane % 4 + c % 2 * 4) * 16;
+          store_shared_zero(shared.key(held.place) + offset);
+          store_shared_zero(shared.value(held.place) + offset);
+        }
+      }
+      fence_async_proxy();
+      named_barrier_sync(4, kThreads);
+    }
+    if constexpr (!Traits::kWide) {
+      load_rows(key, shared.key(held.place));
+      load_rows(value, shared.value(held.place));
+    }
+  };
+
+  // A tile's part of the query's gradient is sent while the next tile is computed, and added up one more tile later, by
+  // when the other blocks have sent theirs.
+  Rows left{}, ready{}, waiting{};  // of this tile, of the one to be sent, of the one to be added up
+  if (!item.inside(work)) return;
+  const auto take = [&] {
+    const ReadBackwardItem of = read_backward_item<Traits>(params, work, item);
+    first_slot = of.first_slot;
+    take_slots(of.batch);
+    left = {((of.batch * params.L + of.first_token) * params.H + of.head) * params.D,
+            static_cast<int>(params.L) - of.first_token, item.group, 0};
+    return of.tiles;
+  };
+  int tiles = take();  // of tokens, that are left
+  barrier_wait(shared.tokens_full(stage.place), stage.parity);
+  product_fence();
+  issue_logits();
+  bool adds = false;  // whether this is not the first tile of an item
+  while (true) {      // a tile of tokens, whose logits are on their way
+    product_wait<0>();
+    pin(s);
+    product_fence();
+    issue_weights_grad();
+    weigh();
+    product_fence();
+    issue_sum(grad_value, p, shared.grad(stage.place), adds);
+    product_commit();
+    product_wait<1>();
+    pin(dp);
+    differentiate();
+    if constexpr (Traits::kWide) product_wait<0>();  // frees the registers of p
+    barrier_wait(shared.scores_empty(stored.place), stored.parity ^ 1);
+    store_scores();
+    product_fence();
+    issue_sum(grad_key, ds, shared.query(stage.place), adds);
+    // Of the tile before, so that the groups do not wait for each other.
+    if (adds) barrier_wait(shared.scores_full(multiplied.place), multiplied.parity);
+    issue_grad_query();  // at an item's first, of what happens to lie there
+    product_commit();
+    const auto finish_grad_query = [&] {
+      if (elected) barrier_arrive(shared.scores_empty(multiplied.place));
+      multiplied.next();
+      send_grad_query();
+      if (waiting.count > 0) add_up(waiting);
+      waiting = ready;
+    };
+    const uint32_t tokens_empty = shared.tokens_empty(stage.place), held_empty = shared.held_empty(held.place);
+    stage.next();
+    const bool last = --tiles == 0;
+    bool more = true;
+    if (last) {  // of this tile as well, while the keys are here
+      product_wait<0>();
+      pin(grad_query);
+      pin(grad_key);
+      pin(grad_value);
+      if (adds) finish_grad_query();
+      ready = left;
+      barrier_wait(shared.scores_full(multiplied.place), multiplied.parity);
+      product_fence();
+      issue_grad_query();
+      product_commit();
+      store(params.grad_key, grad_key, params.scale);
+      store(params.grad_value, grad_value, 1.0f);
+      if constexpr (Traits::kHeld == 1) {
+        product_wait<0>();
+        pin(grad_query);
+        finish_grad_query();
+        if (elected) barrier_arrive(held_empty);
+      }
+      held.next();
+      item.next(work);
+      more = item.inside(work);
+      if (more) tiles = take();
+    }
+    if (more) barrier_wait(shared.tokens_full(stage.place), stage.parity);
+    product_fence();
+    issue_logits();  // past the end, of what happens to lie there
+    product_wait<1>();
+    pin(grad_query);
+    if (elected) barrier_arrive(tokens_empty);
+    if (last ? Traits::kHeld > 1 : adds) finish_grad_query();
+    if (last) {
+      if (Traits::kHeld > 1 && elected) barrier_arrive(held_empty);
+      if (!more) break;
+    } else {
+      ready = left;
+      left.element += kTokens * params.H * params.D;
+      left.count -= kTokens;
+      left.turn ^= 1;
+    }
+    adds = !last;
+  }
+  product_wait<0>();
+  add_up(waiting);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    memory_read_backward_kernel(const __grid_constant__ MemoryReadBackwardParams params,
+                                const __grid_constant__ ReadBackwardWork work,
+                                const __grid_constant__ CUtensorMap grad_map,
+                                const __grid_constant__ CUtensorMap query_map,
+                                const __grid_constant__ CUtensorMap key_map,
+                                const __grid_constant__ CUtensorMap value_map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ char dynamic[];
+  const ReadBackwardShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
+  if (threadIdx.x == 0) {
+    constexpr int kReaders = Traits::kGroups * kGroupThreads / kWarpSize;
+    for (int i = 0; i < Traits::kHeld; ++i) {
+      barrier_init(shared.held_full(i), 1);
+      barrier_init(shared.held_empty(i), kReaders);
+    }
+    for (int i = 0; i < Traits::kStages; ++i) {
+      barrier_init(shared.tokens_full(i), 1);
+      barrier_init(shared.tokens_empty(i), kReaders);
+    }
+    for (int i = 0; i < Traits::kScores; ++i) {
+      barrier_init(shared.scores_full(i), kReaders);
+      barrier_init(shared.scores_empty(i), kReaders);
+    }
+    for (int i = 0; i < Traits::kParts; ++i) {
+      barrier_init(shared.parts_full(i), 1);
+      barrier_init(shared.parts_empty(i), Traits::kBlocks * kGroupThreads / kWarpSize);
+    }
+    fence_barrier_init();
+    for (int i = 0; i < Traits::kParts; ++i) {
+      barrier_arrive_expecting(shared.parts_full(i), Traits::parts_bytes());
+    }
+  }
+  __syncthreads();
+  cluster_sync();
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);
+  if (group == 0) {
+    give_registers<Traits::kCopyRegisters>();
+    if (threadIdx.x == 0) {
+      read_backward_copy<Traits>(params, work, grad_map, query_map, key_map, value_map, shared);
+    }
+  } else {
+    take_registers<Traits::kComputeRegisters>();
+    read_backward_compute<Traits>(params, work, shared, group - 1);
+  }
+  __syncwarp();
+  cluster_sync();  // none leaves while others may still write to it
+#endif
+}
+
+// Statistics of the tokens, tile by tile: log_sum_exp and delta, and past the end what makes weights of 0.
+template <typename T, int kWidth>
+__global__ void memory_read_backward_statistics_kernel(const __grid_constant__ MemoryReadBackwardParams params,
+                                                       int64_t tiles) {
+  constexpr int kLanes = kWidth / Vector<T>::kSize, kTokens = kMemoryReadBackwardTokens;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
+  const int64_t heads = row / (tiles * kTokens), token = row % (tiles * kTokens);
+  if (heads >= params.B * params.H) return;
+  const int64_t batch = heads / params.H, head = heads % params.H;
+  float delta = 0.0f;
+  if (token < params.L) {
+    const int first = threadIdx.x % kLanes * Vector<T>::kSize;
+    const int64_t offset = ((batch * params.L + token) * params.H + head) * params.D;
+    const int64_t(&stride)[4] = params.grad_output_stride;
+    const T* grad_row =
+        static_cast<const T*>(params.grad_output) + batch * stride[0] + head * stride[1] + token * stride[2];
+    const auto grad = load_vector<true>(grad_row, 1, first, params.D);
+    const auto output = load_vector<true>(static_cast<const T*>(params.output) + offset, 1, first, params.D);
+    const auto rounding = load_vector<true>(static_cast<const T*>(params.rounding) + offset, 1, first, params.D);
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) {
+      delta += to_float(grad.get(i)) * (to_float(output.get(i)) + to_float(rounding.get(i)));
+    }
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+  if (threadIdx.x % kLanes == 0) {
+    float* tile = params.statistics + (heads * tiles + token / kTokens) * 2 * kTokens + token % kTokens;
+    tile[0] = token < params.L ? params.log_sum_exp[heads * params.L + token] : INFINITY;
+    tile[kTokens] = delta;
+  }
+}
+
+}  // namespace memformer_kernels
