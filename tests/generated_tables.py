@@ -34,7 +34,7 @@ def support() -> str:
         ("memory_read", "triton"): f"D up to {launch.MOST_CHANNELS}, any number of slots",
         ("memory_write", "triton"): f"D up to {launch.MOST_CHANNELS}, C up to {write.MOST_CHANNELS}",
         ("memory_forget", "triton"): f"C up to {forget.MOST_CHANNELS}",
-        ("memory_read", "cuda"): f"forward, sm_90a, D up to {widest_read}, M from {read.LEAST_SLOTS}",
+        ("memory_read", "cuda"): f"sm_90a, D up to {widest_read}, M from {read.LEAST_SLOTS}",
         ("memory_forget", "cuda"): f"C up to {widest}",
     }
     cuda = {"memory_read": read.DTYPES, "memory_forget": forget_cuda.DTYPES}
