@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 import triton
 
-from memformer_kernels import launch
 from memformer_kernels.benchmarking import inputs, measure, suite
 from memformer_kernels.benchmarking.peers import ours
 
@@ -61,6 +60,7 @@ MICROSECONDS |= {"nsecond": 1e-3, "usecond": 1.0, "msecond": 1e3, "second": 1e6}
 LOCAL = re.compile(r"l1tex__t_sectors_pipe_lsu_mem_local_op_(ld|st)\.sum")  # of 32 bytes
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!selected)(\w+?)(?<!_not_issued)_per_issue_active\.ratio")
 MOST_STALLS = 3
+MARK = "spin_kernel"  # of torch.cuda._sleep
 
 
 def parse(text: str) -> list[dict]:
@@ -80,7 +80,7 @@ def parse(text: str) -> list[dict]:
             continue
         cells = dict(zip(header, row, strict=True))
         values = {name: value for name, cell in cells.items() if (value := _number(cell)) is not None}
-        kernel = {"kernel": cells["Kernel Name"].split("(")[0]}
+        kernel = {"kernel": re.search(r"\w+(?=[<(]|$)", cells["Kernel Name"])[0]}  # no namespaces, no arguments
         for name, patterns in COUNTERS.items():
             kernel[name] = next((v for p in patterns if (v := _largest(values, p)) is not None), None)
         if kernel["us"] is not None:
@@ -113,38 +113,44 @@ def chosen(shapes: list[str], passes: list[str]) -> Iterator[tuple[suite.Shape, 
 
 
 def child(options: argparse.Namespace) -> None:
-    """Makes each call once under the profiler, and writes which kernels of ours it launched."""
-    device, launched, run = torch.device("cuda", 0), [], launch.Launcher.__call__
+    """Makes each call once under the profiler, each after a kernel that marks where it begins."""
+    device, calls = torch.device("cuda", 0), []
     for shape, which in chosen(options.shapes, options.passes):
         first = inputs.make_input(shape, torch.bfloat16, device, layout="contiguous", temperature=0.5, seed=0)
         (call,) = measure._calls(ours(shape.op, device).make(shape, device, None), which, [first])
         call()
         call()  # compiled, and known to the launcher
-        names = []
-
-        def named(self, *tensors, names=names):
-            names.append(self.kernel.__name__)
-            run(self, *tensors)
-
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
-        launch.Launcher.__call__ = named
+        torch.cuda._sleep(1)  # launches MARK
         call()
-        launch.Launcher.__call__ = run
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-        launched += [{"op": shape.op, "shape": shape.name, "pass": which, "kernel": name} for name in names]
+        calls.append({"op": shape.op, "shape": shape.name, "pass": which})
         del call, first
         torch.cuda.empty_cache()
-    options.child.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "launched": launched}))
+    options.child.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "calls": calls}))
+
+
+def by_call(calls: list[dict], kernels: list[dict]) -> list[dict]:
+    """The kernels between marks, each with the call that it belongs to; a ValueError where the marks are others."""
+    rows, begun = [], 0
+    for kernel in kernels:
+        if kernel["kernel"] == MARK:
+            begun += 1
+        elif 0 < begun <= len(calls):
+            rows.append(calls[begun - 1] | kernel)
+    if begun != len(calls):
+        raise ValueError(f"ncu saw {begun} of {len(calls)} calls begin")
+    return rows
 
 
 def profile(ncu: str, options: argparse.Namespace) -> tuple[str, list[dict]]:
     """`(GPU, counters of every launch)`."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "launched.json"
+        file = Path(folder) / "calls.json"
         command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--profile-from-start", "off"]
-        command += ["--kernel-name", "regex:memory_|attention_backward|sum_partials"]
+        command += ["--kernel-name", f"regex:memory_|attention_backward|sum_partials|{MARK}"]
         command += [word for section in SECTIONS for word in ("--section", section)]
         command += [sys.executable, __file__, "--child", str(file), "--shapes", *options.shapes]
         done = subprocess.run([*command, "--passes", *options.passes], capture_output=True, text=True)
@@ -152,11 +158,11 @@ def profile(ncu: str, options: argparse.Namespace) -> tuple[str, list[dict]]:
         if done.returncode or not kernels or not file.exists():
             said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
             sys.exit("counters: ncu read none; it said:\n" + "\n".join(said[-12:]))
-        calls = json.loads(file.read_text())
-    launched = calls["launched"]
-    if [row["kernel"] for row in launched] != [kernel["kernel"] for kernel in kernels]:
-        sys.exit(f"counters: ncu saw {len(kernels)} kernels where {len(launched)} were launched, or others")
-    return calls["gpu"], [call | kernel for call, kernel in zip(launched, kernels, strict=True)]
+        ran = json.loads(file.read_text())
+    try:
+        return ran["gpu"], by_call(ran["calls"], kernels)
+    except ValueError as error:
+        sys.exit(f"counters: {error}")
 
 
 def joined(before: dict, report: dict) -> dict:

@@ -71,6 +71,28 @@ def test_the_report_of_ncu_is_read(counters):
     assert added["kernel"] == "sum_partials_kernel" and added["xu"] is None and added["spilled"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void memformer_kernels::memory_forget_kernel<(bool)1, float>(Params<float>, int)", "memory_forget_kernel"),
+        ("void memory_read_kernel<ReadTraits<__nv_bfloat16, 64, 8>>(Params)", "memory_read_kernel"),
+        ("at::cuda::(anonymous namespace)::spin_kernel(long)", "spin_kernel"),
+    ],
+)
+def test_kernels_of_cuda_are_named_as_those_of_triton(counters, name, short):
+    read, _ = counters.parse(REPORT.replace("_memory_read_forward_kernel", name))
+    assert read["kernel"] == short
+
+
+def test_kernels_belong_to_the_call_whose_mark_they_follow(counters):
+    calls = [{"op": "memory_read"}, {"op": "memory_write"}]
+    mark, read, attend, combine = ({"kernel": name} for name in (counters.MARK, "read", "attend", "combine"))
+    rows = counters.by_call(calls, [mark, read, mark, attend, combine])
+    assert rows == [calls[0] | read, calls[1] | attend, calls[1] | combine]
+    with pytest.raises(ValueError, match="1 of 2 calls"):
+        counters.by_call(calls, [mark, read])
+
+
 def test_a_report_without_kernels_has_none(counters):
     assert counters.parse("==ERROR== ERR_NVGPUCTRPERM\n") == []
 
