@@ -15,8 +15,10 @@ cudaError_t concurrent_clusters(Kernel kernel, const cudaLaunchConfig_t& config,
   *clusters = known.load(std::memory_order_relaxed);
   if (*clusters > 0) return cudaSuccess;
   const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
-  if (error == cudaSuccess) known.store(*clusters, std::memory_order_relaxed);
-  return error;
+  if (error != cudaSuccess) return error;
+  if (*clusters < 1) return cudaErrorInvalidClusterSize;  // a slice of a GPU that holds none
+  known.store(*clusters, std::memory_order_relaxed);
+  return cudaSuccess;
 }
 
 template <typename Traits>

@@ -496,7 +496,7 @@ def test_second_derivative_is_refused_where_there_is_none(registered):
     ],
 )
 def test_cuda_kernel_says_what_it_cannot_take(monkeypatch, change, reason):
-    pytest.importorskip("triton")  # its backward
+    pytest.importorskip("triton")  # has the forward of few slots
     cuda_backend = importlib.import_module("memformer_kernels.ops.memory_read.cuda")
     got = dict(is_cuda=True, dtype=torch.bfloat16, slots=129, width=128, architecture=90, compiled_for="80;90a")
     got |= {"missing": None} | change
