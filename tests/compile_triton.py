@@ -30,7 +30,7 @@ from memformer_kernels.ops.memory_read import triton as read
 from memformer_kernels.ops.memory_write import triton as write
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1", torch.int64: "i64"}
 
 
 def recorded(architecture, call):
@@ -73,7 +73,7 @@ def source(kernel, arguments, constants):
         return "i32" if abs(value) < 2**31 else "i64"
 
     names = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-    options = {name: value for name, value in constants.items() if name in names}
+    options = {name: value for name, value in constants.items() if name in names} | {"debug": bool(kernel.debug)}
     for i, parameter in enumerate(kernel.params):
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
@@ -129,6 +129,7 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
         write.backward(memory, *write_call, *saved, 0.125, 1e-12, allow_tf32)
 
     rows, weight = memory.flatten(0, 1), torch.empty(H * D, dtype=dtype)
+    tokens = torch.empty(B, M, dtype=torch.int64)
     of_rows, of_columns = torch.empty(B * M), torch.empty(H * D)
     segment, projected = min(L, 128), torch.empty(B * min(L, 128), 3 * H * D, dtype=dtype)
     pieces = {
@@ -145,6 +146,8 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
         "residual_norm backward": lambda: fused.residual_norm_backward(
             rows, rows, rows, of_rows, of_rows, weight, weight, True
         ),
+        "embed": lambda: fused.embed(tokens, rows, rows),
+        "one hot": lambda: fused.one_hot(tokens, 256, dtype),
         "column sums": lambda: fused.column_sums(rows[:, None], None),
         "grouped column sums": lambda: grouped.column_sums([(rows, of_columns), (rows, of_columns)]),
         "gelu forward": lambda: fused.gelu_forward(rows),

@@ -178,6 +178,90 @@ def test_which_segments_fit_one_tile():
     assert not fits(0, 64, F16) and not fits(64, 64, F32)
 
 
+@pytest.mark.parametrize("batch, length, vocabulary, width", [(1, 1, 1, 8), (3, 5, 24, 24), (2, 33, 257, 16)])
+def test_embed(batch, length, vocabulary, width):
+    torch.manual_seed(length)
+    tokens = torch.randint(vocabulary, (length, batch)).t()
+    tables = [torch.randn(n, width, dtype=F16).requires_grad_() for n in (vocabulary, length + 2)]
+    embedded = functions.Embed.apply(tokens, *tables)
+    assert torch.equal(embedded, (tables[0][tokens] + tables[1][:length]).flatten(0, 1))  # the bits of eager
+    tables64 = _double(*tables)
+    expected = (tables64[0][tokens] + tables64[1][:length]).flatten(0, 1)
+    _assert_close(_gradients([embedded], tables), _gradients([expected], tables64), F16)
+
+
+def test_embedded_gradients_are_added_to_their_totals():
+    tokens = torch.tensor([[1, 3, 3], [0, 1, 3]])
+    tables = [torch.randn(n, 8, dtype=F16).requires_grad_() for n in (8, 4)]
+
+    class Sink:
+        totals = {t: torch.ones(t.shape) for t in tables}
+
+        def takes(self, parameter):
+            return True
+
+        def add(self, parameters, make):
+            return make([self.totals[p] for p in parameters])
+
+    with open_sink(Sink()):
+        embedded = functions.Embed.apply(tokens, *tables)
+        assert torch.autograd.grad(embedded.float().sum(), tables, allow_unused=True) == (None, None)
+    words, places = Sink.totals.values()
+    assert (words[:, 0] - 1).tolist() == [1, 2, 0, 3, 0, 0, 0, 0] and (places[:, 0] - 1).tolist() == [2, 2, 2, 0]
+
+
+def test_an_embedding_alone_may_be_frozen():
+    tokens = torch.tensor([[1, 0]])
+    for frozen in (0, 1):
+        tables = [torch.randn(4, 8, dtype=F16).requires_grad_(i != frozen) for i in range(2)]
+        functions.Embed.apply(tokens, *tables).float().sum().backward()
+        assert [t.grad is None for t in tables] == [i == frozen for i in range(2)]
+
+
+@pytest.mark.parametrize("token", [-1, 8])
+def test_nothing_outside_the_vocabulary_is_read(token):
+    """A GPU stops at an assertion, which the interpreter does not look at."""
+    tables = [torch.randn(8, 8, dtype=F16) for _ in range(2)]
+    embedded = functions.Embed.apply(torch.tensor([[1, token]]), *tables)
+    assert embedded[1].isnan().all() and torch.equal(embedded[0], tables[0][1] + tables[1][0])
+
+
+def test_which_embeddings_are_fused(monkeypatch):
+    monkeypatch.setattr(fused, "_fuses", lambda x: True)
+    calls = []
+    monkeypatch.setattr(functions.Embed, "apply", lambda tokens, *_: calls.append(1) or torch.zeros(tokens.numel(), 8))
+    tokens, positions = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
+
+    def embed(dtype=F16, words=8, positions=None):
+        tables = (nn.Embedding(n, 8, dtype=dtype) for n in (words, 4))
+        assert fused.embed(tokens, *tables, positions).shape == (2, 3, 8)
+        return bool(calls) and bool(calls.pop())
+
+    assert embed() and embed(words=1024)
+    assert not (embed(words=1025) or embed(dtype=F32) or embed(positions=positions))
+
+
+def test_linears(dtype):
+    f, g = (_pieces(24, dtype, bias=False)[1] for _ in range(2))
+    x = torch.randn(7, 24, dtype=dtype).requires_grad_()
+    inputs = [x, f.weight, g.weight]
+    outputs = functions.Linears.apply(*inputs, dtype)
+    inputs64 = _double(*inputs)
+    expected = [nn.functional.linear(inputs64[0], w) for w in inputs64[1:]]
+    _assert_close(outputs, expected, dtype)
+    _assert_close(_gradients(outputs, inputs), _gradients(expected, inputs64), dtype)
+
+
+def test_linears_share_a_weight_in_their_order():
+    """A gradient of one product is added to a total, and then that of the other."""
+    _, f = _pieces(24, F16, bias=False)
+    x = torch.randn(7, 24, dtype=F16)
+    outputs = functions.Linears.apply(x, f.weight, f.weight, F16)
+    (found,) = _gradients(outputs, [f.weight])
+    (expected,) = _gradients([nn.functional.linear(x, f.weight)] * 2, [f.weight])
+    _assert_close([found], [expected.double()], F16)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(bias, dtype):
     _, f = _pieces(24, dtype, bias=bias)

@@ -55,6 +55,8 @@ def test_every_kernel_is_compiled(kernels):
         "segment_attention_backward_kernel",
         "residual_norm_forward_kernel",
         "residual_norm_backward_kernel",
+        "embed_kernel",
+        "one_hot_kernel",
         "column_sums_kernel",
         "grouped_column_sums_kernel",
         "grouped_products_kernel",

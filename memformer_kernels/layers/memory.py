@@ -132,8 +132,8 @@ class MemoryWrite(nn.Module):
 
     def forward(self, memory: Tensor, x: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
         """Memory [B, M, C] and the segment's final states x [B, L, C] to the next memory, [B, M, C]."""
-        projected = ((memory, self.query), (memory, self.key), (x, self.key), (x, self.value))
-        query, own_key, key, value = (split_heads(fused.linear(*p), self.heads) for p in projected)
+        projected = *fused.linears(memory, self.query, self.key), *fused.linears(x, self.key, self.value)
+        query, own_key, key, value = (split_heads(p, self.heads) for p in projected)
         return memory_write(
             query,
             own_key,

@@ -77,7 +77,7 @@ class Memformer(Recurrent):
     def decode(self, tokens: Tensor, states: Tensor, *, states_mask: Tensor | None = None) -> Tensor:
         """Tokens [B, T] and the encoder's states [B, L, C] to logits of the token after each, [B, T, V]. L may be 0."""
         self.check_segment(tokens)
-        x, branch = self._embed(tokens, self.decoder_position(positions_of(tokens))), None
+        x, branch = self._embed(tokens, self.decoder_position), None
         for layer in self.decoder:
             x, branch = layer.decode(x, branch, layer.cross_attention.project(states), context_mask=states_mask)
         return self._logits(x, branch)
@@ -115,12 +115,12 @@ class Memformer(Recurrent):
     def _before_memory(self, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Tokens to what the first encoder layer reads the memory with, [B, L, C]."""
         self.check_segment(tokens)
-        x = self._embed(tokens, self.encoder_position(positions_of(tokens, token_mask)))
+        x = self._embed(tokens, self.encoder_position, positions_of(token_mask))
         x, branch = self.encoder[0].attend_to_itself(x, None, token_mask=token_mask)
         return x + branch
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.dropout(self.embedding(tokens) + positions)
+    def _embed(self, tokens: Tensor, position: nn.Embedding, positions: Tensor | None = None) -> Tensor:
+        return self.dropout(fused.embed(tokens, self.embedding, position, positions))
 
     def _logits(self, x: Tensor, branch: Tensor | None) -> Tensor:
         return fused.residual_norm_linear(x, branch, self.norm, self.head)[1]
@@ -140,7 +140,7 @@ class Memformer(Recurrent):
     def read_open_segment(
         self, tokens: Tensor, contexts: Sequence[KeyValue], caches: Sequence[KeyValueCache]
     ) -> Tensor:
-        x, branch = self._embed(tokens, self.decoder_position(positions_of(tokens, cache=caches[0]))), None
+        x, branch = self._embed(tokens, self.decoder_position, positions_of(cache=caches[0])), None
         for layer, context, cache in zip(self.decoder, contexts, caches, strict=True):
             x, branch = layer.decode(x, branch, context, context_mask=None, cache=cache)
         return self._logits(x, branch)

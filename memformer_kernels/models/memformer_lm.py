@@ -97,7 +97,7 @@ class MemformerLM(Recurrent):
     ) -> Tensor:
         """Tokens to what the first layer reads the memory with, [B, L, C]."""
         self.check_segment(tokens)
-        x = self.dropout(self.embedding(tokens) + self.position(positions_of(tokens, token_mask, cache)))
+        x = self.dropout(fused.embed(tokens, self.embedding, self.position, positions_of(token_mask, cache)))
         x, branch = self.layers[0].attend_to_itself(x, None, token_mask=token_mask, cache=cache)
         return x + branch
 

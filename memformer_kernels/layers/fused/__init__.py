@@ -1,6 +1,8 @@
 """What stands between the attentions of a layer, fused where Triton runs, in PyTorch elsewhere.
 
+    embed(tokens, embedding, position, None)    = embedding(tokens) + position(0, 1, ...)
     linear(x, f)                                = f(x)
+    linears(x, f, g)                            = f(x), g(x)
     gelu_linear(hidden, f)                      = f(gelu(hidden))
     self_attention(projected, heads)            = attention of query, key, value = projected.chunk(3, -1)
     residual_norm(x, branch, norm)              = x + branch, norm(x + branch)
@@ -21,11 +23,30 @@ except ImportError:  # no Triton
     functions = None
 
 
+def embed(tokens: Tensor, embedding: nn.Embedding, position: nn.Embedding, positions: Tensor | None) -> Tensor:
+    """Of tokens [B, L], and positions [B, L] or None, which count from 0, to [B, L, C]."""
+    words, places = embedding.weight, position.weight
+    alike = words.dtype == places.dtype and words.dtype.itemsize == 2
+    if positions is None and alike and len(words) <= MOST_WORDS and _fuses(words):
+        return functions.Embed.apply(tokens, words, places).view(*tokens.shape, -1)
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    return embedding(tokens) + position(positions)
+
+
 def linear(x: Tensor, f: nn.Linear) -> Tensor:
     """f(x), x [..., in]."""
     if not _fuses(x):
         return f(x)
     return functions.Linear.apply(_rows(x), f.weight, f.bias, _compute_dtype(x)).unflatten(0, x.shape[:-1])
+
+
+def linears(x: Tensor, f: nn.Linear, g: nn.Linear) -> tuple[Tensor, Tensor]:
+    """`(f(x), g(x))`, x [..., in], of two without bias."""
+    if not _fuses(x):
+        return f(x), g(x)
+    ys = functions.Linears.apply(_rows(x), f.weight, g.weight, _compute_dtype(x))
+    return tuple(y.unflatten(0, x.shape[:-1]) for y in ys)
 
 
 def gelu_linear(hidden: Tensor, f: nn.Linear, *, recompute: str = "cheap") -> Tensor:
@@ -66,6 +87,9 @@ def residual_norm_linear(
     given = _rows(x), None if branch is None else _rows(branch), norm.weight, norm.bias, norm.eps
     total, y = functions.ResidualNormLinear.apply(*given, f.weight, f.bias, _compute_dtype(x), recompute == "none")
     return total.view(x.shape), y.unflatten(0, x.shape[:-1])
+
+
+MOST_WORDS = 1024  # of a vocabulary whose gradient is a matrix product, with a column for each word
 
 
 def _rows(x: Tensor) -> Tensor:

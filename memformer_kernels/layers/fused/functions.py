@@ -15,6 +15,40 @@ from memformer_kernels.ops.library import refuse_double_backward
 Grad = Tensor | None
 
 
+class Embed(torch.autograd.Function):
+    """words[tokens] + places[0, 1, ...] of tokens [B, L], to [B * L, C], in 16 bits.
+
+    The gradient of `words` is a matrix product with a row of 0 and one 1 for each token: exact, and in a fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, words: Tensor, places: Tensor) -> Tensor:
+        tokens = tokens.contiguous()
+        ctx.save_for_backward(tokens)
+        ctx.words, ctx.places = words, places
+        return kernels.embed(tokens, words, places)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Grad, ...]:
+        refuse_double_backward("embed")
+        (tokens,), words, places, grad = ctx.saved_tensors, ctx.words, ctx.places, grad.contiguous()
+        batch, length = tokens.shape
+
+        def of_words(totals: list[Grad]) -> tuple[Grad, ...]:
+            return (_product(kernels.one_hot(tokens, len(words), grad.dtype), grad, totals[0]),)
+
+        def of_places(totals: list[Grad]) -> tuple[Grad, ...]:
+            total = None if totals[0] is None else totals[0][:length].view(-1)
+            (sums,) = _column_sums(grad.view(batch, 1, length * places.shape[1]), total)
+            if sums is None:
+                return (None,)
+            rest = sums.new_zeros(len(places) - length, places.shape[1])
+            return (torch.cat([sums.view(length, -1), rest]),)
+
+        made = (deliver((p,), make)[0] if _wanted(p) else None for p, make in ((words, of_words), (places, of_places)))
+        return None, *made
+
+
 class Linear(torch.autograd.Function):
     """y = x W' + b of x [rows, in]."""
 
@@ -32,6 +66,26 @@ class Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         grad_x = (grad @ w).to(ctx.of_x) if ctx.needs_input_grad[0] else None
         return grad_x, *_of_parameters(ctx, grad, x), None
+
+
+class Linears(torch.autograd.Function):
+    """`(x V', x W')` of x [rows, in]: the backward adds the second gradient of x to the first where it multiplies."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        v, w = first.to(dtype), second.to(dtype)
+        ctx.weights, ctx.of_x = (first, second), x.dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, v, w)
+        return torch.nn.functional.linear(x, v), torch.nn.functional.linear(x, w)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Grad, ...]:
+        refuse_double_backward("linears")
+        x, v, w = ctx.saved_tensors
+        grad_x = (grads[0] @ v).addmm_(grads[1], w).to(ctx.of_x) if ctx.needs_input_grad[0] else None
+        of_weights = (_of_weight(p, grad, x) for p, grad in zip(ctx.weights, grads, strict=True))
+        return grad_x, *of_weights, None
 
 
 class GeluLinear(torch.autograd.Function):
@@ -158,6 +212,13 @@ def _of_parameters(ctx, grad: Tensor, x: Tensor) -> tuple[Grad, Grad]:
         return of_weight, _column_sums(grad[:, None], totals[1])[0] if _wanted(bias) else None
 
     return deliver((weight, bias), make)
+
+
+def _of_weight(weight: Tensor, grad: Tensor, x: Tensor) -> Grad:
+    """Gradient of the weight of a matrix product without bias."""
+    if not _wanted(weight):
+        return None
+    return deliver((weight,), lambda totals: (_product(grad, x, totals[0]),))[0]
 
 
 def _wanted(parameter: Tensor | None) -> bool:
