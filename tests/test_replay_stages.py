@@ -184,6 +184,20 @@ def test_a_segment_that_two_parts_read_gets_both_gradients():
     assert_close(gradients("replay"), gradients("bptt"), 1e-12)
 
 
+@every_way
+def test_a_head_may_be_trained_alone(way):
+    """Its gradients are all that the forward makes: no segment is run again."""
+    model, segments = _language_model(4)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    expected = _gradients(model, _plain(model), segments, method="bptt", state_weight=0.0)
+    cell = way(model.cell)
+    for reduction in ("none", "mean", "mean"):
+        found = _gradients(model, cell, segments, reduction=reduction, state_weight=0.0)
+        assert found[0] == pytest.approx(expected[0], rel=1e-12)
+        assert_close(found[1], expected[1], 1e-12)
+
+
 def test_with_a_reduction_the_readout_runs_once():
     model, segments = _language_model(4)
     cell, calls = model.cell, []

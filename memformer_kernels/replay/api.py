@@ -13,9 +13,10 @@ from memformer_kernels.replay import sharded
 from memformer_kernels.replay.budget import budget_in_bytes
 from memformer_kernels.replay.captured import CapturedCell, NotCapturable
 from memformer_kernels.replay.python_part import python_parts
-from memformer_kernels.replay.rollout import NoTape, Parts, Passes, differentiable, run_parts, weighed_sum
+from memformer_kernels.replay.rollout import Passes, differentiable, run_parts, weighed_sum
 from memformer_kernels.replay.stages import StagedCell
 from memformer_kernels.replay.surroundings import Surroundings, modules_of, versions_of
+from memformer_kernels.replay.tape import NoTape, Parts
 from memformer_kernels.replay.tree import Tree
 
 OP = "memory_replay"

@@ -29,6 +29,10 @@ class Count:
         return tensor.detach()  # an output saved as it is would keep its own graph alive
 
 
+LARGE_GROUP = 2**26  # bytes of graphs of segments at once: more are no faster
+LARGE_GRAPH = 2**27  # bytes of a segment's graph, of work that fills a GPU: beside another it is no faster
+
+
 class Keeper:
     """Keeps the graphs of the latest calls, as many as fit the budget; the backward needs them first.
 
@@ -41,10 +45,16 @@ class Keeper:
         self._bytes = self._last = 0
 
     @contextlib.contextmanager
-    def counting(self, known: Sequence[Tensor]) -> Iterator[Count]:
+    def counting(self, known: Sequence[Tensor], *, passing_bytes: int | None = None) -> Iterator[Count]:
         """Makes room for a graph as large as the last, and counts what the one made in the block holds, besides `known`
-        and parameters: where somebody asked for it, since it costs a call for each tensor saved."""
-        self._make_room(self._last)
+        and parameters: where somebody asked for it, since it costs a call for each tensor saved.
+
+        Of one that is never kept it may be known how many it holds of a segment, `passing_bytes`: without a budget a
+        last graph that is not large, and larger, stays beside it.
+        """
+        beside = passing_bytes is not None and self.budget is None and passing_bytes <= self._last <= LARGE_GRAPH
+        if not beside:
+            self._make_room(self._last)
         count = Count(known if self._count else ())
         if not self._count:
             yield count

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from memformer_kernels.recording import Recording, aside
 from memformer_kernels.replay.graph_random import GraphRandom
+from memformer_kernels.replay.lanes import Lanes
 from memformer_kernels.replay.python_part import python_parts
-from memformer_kernels.replay.rollout import Grads, NoTape, Passes, run_parts
+from memformer_kernels.replay.rollout import Passes, run_parts
 from memformer_kernels.replay.surroundings import Surroundings, modules_of, versions_of
+from memformer_kernels.replay.tape import Grads, NoTape
 from memformer_kernels.replay.totals import Totals, sums_of
 from memformer_kernels.replay.tree import Tree, as_leaf
 
@@ -130,9 +132,9 @@ class _Record:
 
 
 class CapturedRollout:
-    """A rollout as a part of another: `(segments, state) -> (outputs, state)`. See `rollout.Part`."""
+    """A rollout as a part of another: `(segments, state) -> (outputs, state)`. See `tape.Part`."""
 
-    bytes_each = None
+    bytes_each = expected_bytes = None
 
     def __init__(
         self,
@@ -201,9 +203,9 @@ class _Capture:
         self._grads: list[Tensor | None] = []
         self._passes: Passes | None = None
         self._sizes: dict[str, int] = {}  # graphs hold a little more in a capture, which must not change the groups
-        draws, calls = self._try(arguments)
+        self._draws, calls = self._try(arguments)
         if self.store.device.type == "cuda":
-            graph_random = GraphRandom(self.store.device, calls if draws else 0)
+            graph_random = GraphRandom(self.store.device, calls if self._draws else 0)
             self.surroundings = dataclasses.replace(part.surroundings, random=graph_random)
             # a rollout without gradients draws once: from the default generator, which moves on by itself
             self.random = graph_random if graph_random.generators else None
@@ -245,15 +247,20 @@ class _Capture:
         copies = iter(_copies([g for g in found if g is not None]))
         return [None if g is None else next(copies) for g in found], sums
 
-    def _run_forward(self, arguments: Tree) -> Tree:
-        parts = python_parts(self.cell, self.surroundings, self.budget, sizes=self._sizes)
+    def _run_forward(self, arguments: Tree, *, recorded: bool) -> Tree:
+        parts = python_parts(self.cell, self.surroundings, self.budget, count=True, sizes=self._sizes)
         if not torch.is_grad_enabled():
             return Tree.of(run_parts(NoTape(), parts, *arguments.whole(), budget=self.budget))
-        self._passes = Passes(parts, self.surroundings, self.budget, self.weight)
+        lanes = Lanes(self.store.device if recorded and not self._draws else None)  # which would draw in another order
+        self._passes = Passes(parts, self.surroundings, self.budget, self.weight, lanes=lanes, once=True)
         return self._passes.forward(arguments.cut(), {})
 
-    def _run_backward(self) -> tuple[Grads, dict[Tensor, Tensor]]:
-        grads, totals = self._passes.backward(self._passes.tape.values, self._grads)
+    def _run_backward(self, *, recorded: bool) -> tuple[Grads, dict[Tensor, Tensor]]:
+        self._passes.lanes = Lanes(self.store.device if recorded else None)
+        with warnings.catch_warnings():
+            # a parameter's node belongs to the lane that made it, and waits for the other: nothing is wrong
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+            grads, totals = self._passes.backward(self._passes.tape.values, self._grads)
         return grads, sums_of(totals, self.leaves)
 
     def _record(self) -> None:
@@ -273,10 +280,11 @@ class _Capture:
         generators = [] if self.random is None else self.random.generators
         try:
             options = dict(pool=self.store.pool, warm_ups=0, generators=generators)
-            forward = on_aliases(functools.partial(self._run_forward, self._arguments))
+            forward = on_aliases(functools.partial(self._run_forward, self._arguments, recorded=True))
             self._forward = Recording(forward, self.store.device, **options)
             if any(self.needs_grad):
-                self._backward = Recording(on_aliases(self._run_backward), self.store.device, **options)
+                backward = functools.partial(self._run_backward, recorded=True)
+                self._backward = Recording(on_aliases(backward), self.store.device, **options)
         except RuntimeError as error:
             raise NotCapturable(str(error).splitlines()[0]) from error
         if self.store.device.type == "cuda":
@@ -295,7 +303,7 @@ class _Capture:
         with random.kept(), modules.kept_if_raises(), replaced, aside(self.store.device):
             cpu, others, _ = random.get()
             buffers = versions_of(modules.buffers())
-            result = self._run_forward(arguments)
+            result = self._run_forward(arguments, recorded=False)
             self.needs_grad = [t.requires_grad for t in result.tensors()]
             self._grads = [torch.zeros_like(t) if t.requires_grad else None for t in result.tensors()]
             calls = 0
@@ -303,7 +311,7 @@ class _Capture:
                 self._sizes = self._passes.parts.sizes()
                 self.leaves, calls = self._passes.tape.parameters, len(self._passes.tape.calls)
                 if any(self.needs_grad):
-                    self._run_backward()
+                    self._run_backward(recorded=False)
             self._passes = None
             cpu_after, others_after, _ = random.get()
             if self.store.device.type == "cuda" and not torch.equal(cpu, cpu_after):

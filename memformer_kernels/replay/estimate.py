@@ -9,9 +9,10 @@ import torch
 from memformer_kernels.replay.budget import Keeper, budget_in_bytes, groups_of
 from memformer_kernels.replay.captured import CapturedCell
 from memformer_kernels.replay.python_part import PythonPart
-from memformer_kernels.replay.rollout import Parts, Passes
+from memformer_kernels.replay.rollout import Passes
 from memformer_kernels.replay.stages import functions_of
 from memformer_kernels.replay.surroundings import Surroundings, modules_of
+from memformer_kernels.replay.tape import Parts
 from memformer_kernels.replay.tree import Tree
 
 MIB = 2**20

@@ -40,6 +40,8 @@ class GraphRandom:
         if self.generators:
             self._default.graphsafe_set_state(self.generators[place])
 
+    select = set  # a checkpoint sets the offset alone, of the state that stands
+
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         yield

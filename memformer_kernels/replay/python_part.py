@@ -14,9 +14,9 @@ from torch import Tensor
 
 from memformer_kernels.replay.budget import Keeper, groups_of
 from memformer_kernels.replay.graph import graph_mark, leaves_of
-from memformer_kernels.replay.rollout import Grads, Parts
 from memformer_kernels.replay.stages import StagedCell, functions_of
 from memformer_kernels.replay.surroundings import Surroundings, same_bits, versions_of
+from memformer_kernels.replay.tape import Grads, Parts
 from memformer_kernels.replay.totals import Totals
 from memformer_kernels.replay.tree import Tree
 
@@ -43,13 +43,13 @@ class Record:
 
 
 class PythonPart:
-    """See `rollout.Part`."""
+    """See `tape.Part`."""
 
     def __init__(self, function: Callable, surroundings: Surroundings, keeper: Keeper, *, strict: bool = False):
         self.function, self.surroundings, self.keeper, self.strict = function, surroundings, keeper, strict
         self.parameters: list[Tensor] = []
         self.bytes_each: int | None = None
-        self.assumed_bytes: int | None = None  # in the place of what the first call measures
+        self.expected_bytes: int | None = None  # in the place of what the first call measures
 
     def run_only(self, arguments: Tree) -> Tree:
         with self.surroundings.autocast.again():
@@ -68,29 +68,38 @@ class PythonPart:
         return result.cut(), record
 
     def run_and_pull(self, label: str, arguments: Tree, weight: float, totals: Totals) -> tuple[Tree, Grads]:
-        result, made, _ = self._run_with_graph(label, arguments)
+        result, made, _ = self._run_with_graph(label, arguments, passing=True)
         grads = [torch.full_like(m, weight) if m.requires_grad else None for m in made]
         return result.cut(), self._back_propagate(arguments.tensors(), made, grads, totals)
 
     def pull(self, record: Record, arguments: Tree, grads: Grads, totals: Totals) -> Grads:
         graph, record.graph = record.graph, None
         if graph is not None and versions_of(self.surroundings.modules.buffers()) == graph.buffers:
+            self.surroundings.random.select(record.random)
             return self._back_propagate(graph.leaves, graph.made, grads, totals)
         return self._back_propagate(arguments.tensors(), self._again(record, arguments), grads, totals)
+
+    def run_ahead(self, record: Record, arguments: Tree) -> bool:
+        if record.graph is not None:
+            return False
+        made = self._again(record, arguments)
+        record.graph = Graph(arguments.tensors(), made, versions_of(self.surroundings.modules.buffers()))
+        return True
 
     def group(self, left: int, budget: int | None) -> int:
         if self.bytes_each is None:
             return 1  # which measures it
         return groups_of(left, self.bytes_each, budget)
 
-    def _run_with_graph(self, label: str, arguments: Tree) -> tuple[Tree, list[Tensor], int]:
+    def _run_with_graph(self, label: str, arguments: Tree, *, passing: bool = False) -> tuple[Tree, list[Tensor], int]:
         """The result, its tensors, and the bytes of its graph where the keeper counts them."""
         given = arguments.tensors()
         versions, mark = versions_of(given), graph_mark()
-        with self.keeper.counting([*given, *self.parameters]) as count:
+        passing_bytes = self.expected_bytes if passing else None
+        with self.keeper.counting([*given, *self.parameters], passing_bytes=passing_bytes) as count:
             result = self.run_only(arguments)
         if self.bytes_each is None:
-            self.bytes_each = count.bytes if self.assumed_bytes is None else self.assumed_bytes
+            self.bytes_each = self.expected_bytes = count.bytes if self.expected_bytes is None else self.expected_bytes
         if versions_of(given) != versions:
             raise RuntimeError(
                 f"memory_replay: cell must not modify its segment or its state in place, got a change in {label}"
@@ -142,11 +151,13 @@ def python_parts(
     budget: int | None,
     *,
     strict: bool = False,
+    count: bool = False,
     sizes: Mapping[str, int] | None = None,
 ) -> Parts:
-    """The parts of a cell; with `sizes` their `bytes_each`, which are measured otherwise."""
-    keeper = Keeper(budget, count=isinstance(cell, StagedCell))
+    """The parts of a cell; with `sizes` their `bytes_each`, which are measured otherwise, where there is a budget, a
+    staged cell, or with `count`."""
+    keeper = Keeper(budget, count=count or isinstance(cell, StagedCell))
     parts = {n: PythonPart(f, surroundings, keeper, strict=strict) for n, f in functions_of(cell).items()}
     for name, size in (sizes or {}).items():
-        parts[name].assumed_bytes = size
+        parts[name].expected_bytes = size
     return Parts(**parts)

@@ -5,187 +5,75 @@
                add up the parameters' gradients; g = dLoss/dm_t
 
 A rollout is a list of calls of the cell's parts: of the cell itself, one a segment, or of the three parts of a
-`StagedCell`. A call reads values and makes values; the values that calls read are kept, and nothing else. The backward
-goes through the calls from the last to the first with a table of the values' gradients. How a call is run, and run
-again, its part knows: `python_part` in Python, `captured` from CUDA graphs.
+`StagedCell`. The backward goes through the calls from the last to the first with a table of the values' gradients.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from memformer_kernels.replay.budget import LARGE_GRAPH
+from memformer_kernels.replay.lanes import Lanes
 from memformer_kernels.replay.surroundings import Surroundings, versions_of
+from memformer_kernels.replay.tape import Call, Grads, NoTape, Part, Parts, Tape
 from memformer_kernels.replay.totals import Totals, gradients
 from memformer_kernels.replay.tree import Tree, as_leaf
 
-Grads = list[Tensor | None]
-LARGE = 2**26  # bytes of a segment's graph, of work that fills a GPU: in groups it is no faster
-
-
-class Part(Protocol):
-    """A function of pytrees that can be run again."""
-
-    parameters: list[Tensor]  # leaves in use, as far as they are known
-    bytes_each: int | None  # what the graph of one segment holds
-
-    def run_only(self, arguments: Tree) -> Tree:
-        """The result, never to be run again."""
-
-    def run(self, label: str, arguments: Tree, left: int) -> tuple[Tree, Any]:
-        """The result, cut off its graph, and a record for `pull`. `label` names the call in messages; `left` segments
-        come after it."""
-
-    def pull(self, record: Any, arguments: Tree, grads: Grads, totals: Totals) -> Grads:
-        """Runs again, and back-propagates gradients of the result's tensors to those of the arguments' tensors; those
-        of the parameters go to `totals`."""
-
-    def run_and_pull(self, label: str, arguments: Tree, weight: float, totals: Totals) -> tuple[Tree, Grads]:
-        """The result, and the gradients where that of each of its elements is `weight`."""
-
-    def group(self, left: int, budget: int | None) -> int:
-        """How many of `left` segments to take at once."""
-
-
-@dataclass
-class Parts:
-    """A cell's parts; a plain cell is all `advance`."""
-
-    advance: Part
-    prepare: Part | None = None
-    readout: Part | None = None
-
-    def sizes(self) -> dict[str, int]:
-        """What the graph of one segment holds, of each part."""
-        parts = dict(advance=self.advance, prepare=self.prepare, readout=self.readout)
-        return {name: part.bytes_each for name, part in parts.items() if part is not None}
-
-    def allowed(self, budget: int | None) -> int | None:
-        """The budget of a group: by default the graph of one segment, if that is not large."""
-        if budget is not None or self.advance.bytes_each is None:  # which its first call measures
-            return budget
-        return min(self.advance.bytes_each, LARGE)
-
-
-@dataclass
-class Call:
-    part: Part
-    arguments: Tree  # hollow: its tensors are the values `reads`
-    reads: list[int]
-    makes: list[int]
-    record: Any
-    early: list[int | None] | None = None  # values: gradients of what it reads, where the forward made them
-
-
-@dataclass
-class Tape:
-    """The calls of one rollout in the order they ran, and the values between them."""
-
-    versions: dict[Tensor, int]  # of the parameters before the forward
-    calls: list[Call] = field(default_factory=list)
-    early: Totals = field(default_factory=Totals)  # of the parameters, where the forward made them
-    early_sums: dict[Tensor, int] = field(default_factory=dict)  # the same as values
-    loss: int | None = None  # the value that is the sum of the early calls' results
-    values: list[Tensor | None] = field(default_factory=list)
-    given: int = 0  # how many of the values the rollout was given
-    parameters: list[Tensor] = field(default_factory=list)
-    _numbers: dict[int, int] = field(default_factory=dict)  # of values, by the identity of their tensors
-
-    def admit(self, tree: Tree) -> Tree:
-        """The tree's tensors, without their graphs, as values."""
-        tree = tree.cut()
-        for tensor in tree.tensors():
-            self._numbers[id(tensor)] = len(self.values)
-            self.values.append(tensor)
-        return tree
-
-    def numbers(self, tree: Tree) -> list[int]:
-        return [self._numbers[id(t)] for t in tree.tensors()]
-
-    def call(self, part: Part, label: str, left: int, *arguments: Any, weight: float | None = None) -> Any:
-        """The part's result on pytrees of values, a pytree of values; with a weight, its gradient at once."""
-        tree, early, record = Tree.of(arguments), None, None
-        leaves, reads = tree.cut(), self.numbers(tree)
-        if weight is None:
-            result, record = part.run(label, leaves, left)
-        else:
-            result, grads = part.run_and_pull(label, leaves, weight, self.early)
-            early = [None if grad is None else self._keep(grad) for grad in grads]
-            for number in reads:
-                if number >= self.given:  # what another call made: nobody reads it again
-                    self.values[number] = None
-        result = self.admit(result)
-        self.calls.append(Call(part, tree.hollow(), reads, self.numbers(result), record, early))
-        return result.whole()
-
-    def _keep(self, tensor: Tensor) -> int:
-        self.values.append(tensor)
-        return len(self.values) - 1
-
-    def make_loss(self, loss: Tensor) -> Tensor:
-        """`loss`, the sum of the early calls' results, as a value."""
-        differentiable = any(n is not None for call in self.calls for n in call.early or ())
-        (loss,) = self.admit(Tree.of([loss.requires_grad_(differentiable)])).tensors()
-        self.loss = self._numbers[id(loss)]
-        return loss
-
-    def close(self) -> None:
-        """The forward is over: keeps the values that the backward needs."""
-        parts = {id(call.part): call.part for call in self.calls}.values()
-        self.parameters = list({id(p): p for part in parts for p in part.parameters}.values())
-        for parameter in self.parameters:
-            self.versions.setdefault(parameter, parameter._version)
-        self.early_sums = {p: self._keep(total) for p in self.parameters if (total := self.early.of(p)) is not None}
-        self.early = Totals()
-        needed = {n for call in self.calls for n in (call.reads if call.early is None else call.early)}
-        needed |= set(self.early_sums.values())
-        self.values = [value if n in needed else None for n, value in enumerate(self.values)]
-        self._numbers.clear()
-
-
-class NoTape:
-    """Calls without gradients."""
-
-    def admit(self, tree: Tree) -> Tree:
-        return tree
-
-    def call(self, part: Part, label: str, left: int, *arguments: Any) -> Any:
-        return part.run_only(Tree.of(arguments)).whole()
-
 
 def run_parts(
-    tape: Tape | NoTape, parts: Parts, segments: Sequence[Any], state: Any, *, budget: int | None, **at_once: float
+    tape: Tape | NoTape,
+    parts: Parts,
+    segments: Sequence[Any],
+    state: Any,
+    *,
+    budget: int | None,
+    lanes: Lanes | None = None,
+    **at_once: float,
 ) -> tuple[list[Any], Any]:
-    """The rollout itself: `advance` from segment to segment, `prepare` and `readout` of many segments at once."""
-    inputs, outputs = list(segments) if parts.prepare is None else [], []
+    """The rollout itself: `advance` from segment to segment, `prepare` and `readout` of many segments at once, the
+    latter aside where there are lanes."""
+    lanes = lanes or Lanes()
+    inputs, features, outputs = list(segments) if parts.prepare is None else [], [], []
+
+    def read_out() -> None:
+        """As many segments as are there, in the groups that all of them make."""
+        while (t := len(outputs)) < len(segments):
+            size = parts.readout.group(len(segments) - t, parts.allowed(budget))
+            if t + size > len(features):
+                return
+            with lanes.aside(features[t:]):
+                outputs.extend(_run_group(tape, parts.readout, "readout", [features, segments], t, size, **at_once))
+            features[: len(outputs)] = [None] * len(outputs)
+
     for t in range(len(segments)):
         if t == len(inputs):
-            inputs += _next_group(tape, parts.prepare, "prepare", [segments], t, parts.allowed(budget))
+            size = parts.prepare.group(len(segments) - t, parts.allowed(budget))
+            inputs += _run_group(tape, parts.prepare, "prepare", [segments], t, size)
         result = tape.call(parts.advance, f"segment {t}", len(segments) - 1 - t, inputs[t], state)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"memory_replay: cell must return (output, next_state), got {type(result).__name__}")
-        outputs.append(result[0])
+        features.append(result[0])
         state = result[1]
-    if parts.readout is not None:
-        features, outputs = outputs, []
-        while (t := len(outputs)) < len(segments):
-            budget_now = parts.allowed(budget)
-            outputs += _next_group(tape, parts.readout, "readout", [features, segments], t, budget_now, **at_once)
-            features[: len(outputs)] = [None] * len(outputs)
+        lanes.done(0)
+        if lanes.many and parts.readout is not None:
+            read_out()
+    if parts.readout is None:
+        return features, state
+    read_out()
+    lanes.join()
     return outputs, state
 
 
-def _next_group(
-    tape: Tape | NoTape, part: Part, name: str, lists: list[Sequence[Any]], t: int, budget: int | None, **at_once: float
+def _run_group(
+    tape: Tape | NoTape, part: Part, name: str, lists: list[Sequence[Any]], t: int, size: int, **at_once: float
 ) -> list[Any]:
-    """A part that takes lists, from segment t on, over as many segments as the budget allows."""
-    left = len(lists[0]) - t
-    size = part.group(left, budget)
-    label = f"{name} of segments {t} to {t + size - 1}"
-    result = tape.call(part, label, left - size, *(list(one[t : t + size]) for one in lists), **at_once)
+    """A part that takes lists, over so many segments from t on."""
+    label, left = f"{name} of segments {t} to {t + size - 1}", len(lists[-1]) - t - size
+    result = tape.call(part, label, left, *(list(one[t : t + size]) for one in lists), **at_once)
     if not (isinstance(result, list | tuple) and len(result) == size):
         got = f"{len(result)} items" if isinstance(result, list | tuple) else type(result).__name__
         raise TypeError(f"memory_replay: {name} must return a list, one item a segment ({size}), got {got}")
@@ -203,12 +91,19 @@ def weighed_sum(outputs: list[Any], weight: float) -> Tensor:
 
 @dataclass
 class Passes:
-    """The two passes of one rollout with gradients. With `weight`, the outputs' sum times it is in their place."""
+    """The two passes of one rollout with gradients. With `weight`, the outputs' sum times it is in their place.
+
+    lanes: of the pass that runs. Where there are many, calls are run again ahead of their turn in the backward; those
+        of `prepare`, and in a forward that draws no random numbers those of `readout`, run aside.
+    once: whether no backward runs twice on the values of one forward, so that it may modify sums among them.
+    """
 
     parts: Parts
     surroundings: Surroundings
     budget: int | None
     weight: float | None
+    lanes: Lanes = field(default_factory=Lanes)
+    once: bool = False
 
     def forward(self, given: Tree, versions: dict[Tensor, int]) -> Tree:
         """Of `(segments, state)`: outputs and last state, without a graph. `versions` are the parameters'."""
@@ -216,20 +111,80 @@ class Passes:
         admitted = tape.admit(given)
         tape.given = len(tape.values)
         at_once = {} if self.weight is None else {"weight": self.weight}
-        outputs, final = run_parts(tape, self.parts, *admitted.whole(), budget=self.budget, **at_once)
+        lanes = self.lanes if self.weight is not None and self._graphs_beside(None) else None  # for the readout
+        outputs, final = run_parts(tape, self.parts, *admitted.whole(), budget=self.budget, lanes=lanes, **at_once)
         if self.weight is not None:
             outputs = tape.make_loss(weighed_sum(outputs, self.weight))
         result = Tree.of((outputs, final))
         self.reads, self.makes = tape.numbers(admitted), tape.numbers(result)
-        tape.close()
+        tape.close(own_sums=self.once)
         return result
 
     def backward(self, values: list[Tensor | None], grads: Iterable[Tensor | None]) -> tuple[Grads, list[Totals]]:
         """From gradients of the result's tensors: those of the given tensors, and sums of the parameters'. `values` are
         the tape's."""
         table = _Table(zip(self.makes, grads, strict=True))
-        totals = _go_back(self.tape, values, table)
-        return [table.take(n) for n in self.reads], totals
+        early = self._scale_early(values, table)
+        totals: dict[int, Totals] = defaultdict(Totals)  # of each part, which nobody sees before the end
+        self._go_back(values, table, totals)
+        return [table.take(n) for n in self.reads], [*totals.values(), early]
+
+    def _scale_early(self, values: list[Tensor | None], table: "_Table") -> Totals:
+        """The gradients that the forward made, times that of the loss: to the table, and the parameters' sums."""
+        tape, of_loss = self.tape, None if self.tape.loss is None else table.take(self.tape.loss)
+        if of_loss is None:
+            return Totals()
+
+        def scaled(number: int, *, where_it_lies: bool = False) -> Tensor:
+            grad, factor = values[number], of_loss.to(values[number].dtype)
+            return grad.mul_(factor) if where_it_lies else grad * factor
+
+        for call in reversed(tape.calls):
+            if call.early is not None:
+                found = [None if n is None else scaled(n) for n in call.early]
+                table.add(zip(call.reads, found, strict=True))
+        return Totals({p: scaled(n, where_it_lies=self.once) for p, n in tape.early_sums.items()})
+
+    def _go_back(self, values: list[Tensor | None], table: "_Table", totals: dict[int, Totals]) -> None:
+        """Calls last to first."""
+        lanes, lane_of = self.lanes, {}
+        lanes.done(0)
+        calls = [call for call in reversed(self.tape.calls) if call.early is None]
+        advances = [call for call in calls if call.part is self.parts.advance]
+        following = dict(zip(map(id, advances), advances[1:], strict=False)) if self._graphs_beside(2) else {}
+        aside = self._graphs_beside(None)
+
+        def pull(call: Call, grads: Grads) -> None:
+            found = call.part.pull(call.record, call.arguments_of(values), grads, totals[id(call.part)])
+            table.add(zip(call.reads, found, strict=True))
+
+        for call in calls:
+            grads = [table.take(n) for n in call.makes]
+            if all(g is None for g in grads):
+                continue
+            if aside and call.part is self.parts.prepare:
+                with lanes.aside(grads):
+                    pull(call, grads)
+                continue
+            lane = lane_of.pop(id(call), 0)
+            if (after := following.get(id(call))) is not None:
+                with lanes.on(1 - lane):
+                    if after.part.run_ahead(after.record, after.arguments_of(values)):
+                        lane_of[id(after)] = 1 - lane
+            with lanes.on(lane):
+                pull(call, grads)
+                del grads
+            lanes.done(lane)
+        lanes.join()
+
+    def _graphs_beside(self, count: int | None) -> bool:
+        """Whether so many graphs of `advance` may stand at a time, or None: any. Where there are lanes for them; of
+        segments that are not large, nor dwarfed by their readout, which fills the GPU."""
+        sizes = {name: size or 0 for name, size in self.parts.sizes().items()}
+        advance = sizes["advance"]
+        if not self.lanes.many or advance > LARGE_GRAPH or 2 * advance < sum(sizes.values()):
+            return False
+        return self.budget is None or count is not None and count * advance <= self.budget
 
 
 def differentiable(passes: Passes, versions: dict[Tensor, int], given: Tree) -> tuple[Any, Any]:
@@ -293,26 +248,3 @@ class _Table:
 
     def take(self, number: int) -> Tensor | None:
         return self._grads.pop(number, None)
-
-
-def _go_back(tape: Tape, values: list[Tensor | None], table: _Table) -> list[Totals]:
-    """Calls last to first; sums of the parameters' gradients, which nobody sees before the end."""
-    totals: dict[int, Totals] = defaultdict(Totals)  # of each part
-    of_loss = None if tape.loss is None else table.take(tape.loss)
-    for call in reversed(tape.calls):
-        if call.early is not None:
-            if of_loss is not None:
-                scaled = [None if n is None else _scaled(values[n], of_loss) for n in call.early]
-                table.add(zip(call.reads, scaled, strict=True))
-            continue
-        grads = [table.take(n) for n in call.makes]
-        if any(g is not None for g in grads):
-            arguments = call.arguments.replace([as_leaf(values[n], values[n].requires_grad) for n in call.reads])
-            found = call.part.pull(call.record, arguments, grads, totals[id(call.part)])
-            table.add(zip(call.reads, found, strict=True))
-    early = {} if of_loss is None else {p: _scaled(values[n], of_loss) for p, n in tape.early_sums.items()}
-    return [*totals.values(), Totals(early)]
-
-
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    return grad * factor.to(grad.dtype)

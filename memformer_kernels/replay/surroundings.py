@@ -36,6 +36,9 @@ class RandomState:
         for (_, put), one in zip(self.sources, sources, strict=True):
             put(one)
 
+    def select(self, state: tuple) -> None:
+        """Before the backward of what drew from this state: a checkpoint inside puts it back by itself."""
+
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         state = self.get()

@@ -18,6 +18,10 @@ class Totals:
         self._owned = set(self._sums)  # the others may be autograd's
         self._lent: Mapping[Tensor, Tensor] = {}
 
+    def __bool__(self) -> bool:
+        """Whether a gradient came."""
+        return bool(self._lent or self._sums)
+
     @contextlib.contextmanager
     def taking(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Inside, the gradients of `parameters` come here, each at once, so that those of one call never stand beside
@@ -41,10 +45,12 @@ class Totals:
             self._lent = sums
 
     def own(self) -> None:
-        """Copies what was lent."""
+        """Copies what was lent, and what may be autograd's."""
         if self._lent:
             self._sums = {parameter: total.clone() for parameter, total in self._lent.items()}
             self._owned, self._lent = set(self._sums), {}
+        for parameter in self._sums:
+            self._total(parameter)
 
     @property
     def lent(self) -> bool:
@@ -57,7 +63,7 @@ class Totals:
     def _take(self, parameter: Tensor, grad: Tensor | None) -> Tensor | None:
         if grad is None:
             return None
-        self._add(parameter, wide(grad))
+        self._add(parameter, grad)
         return nothing_like(grad)
 
     def _total(self, parameter: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ class Totals:
 
     def _add(self, parameter: Tensor, grad: Tensor) -> None:
         if parameter not in self._sums:
-            self._sums[parameter] = grad  # which autograd may own
+            self._sums[parameter] = wide(grad)  # which autograd may own
         else:
             self._total(parameter).add_(grad)
 

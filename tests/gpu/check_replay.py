@@ -31,12 +31,14 @@ def encoder_decoder(dropout: float) -> tuple:
     return model, [tuple(torch.randint(64, (ROWS, 32), device=CUDA) for _ in range(3)) for _ in range(HORIZON)]
 
 
-def gradients(model, cell, segments, *, reduction="none", autocast=False, **options) -> dict[str, torch.Tensor]:
+def gradients(
+    model, cell, segments, *, reduction="none", autocast=False, batch=ROWS, **options
+) -> dict[str, torch.Tensor]:
     """Of a rollout with a fixed seed; the loss goes along under a name of its own."""
     torch.manual_seed(1)
     model.zero_grad(set_to_none=True)
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        outputs, memory = memory_replay(cell, segments, model.initial_memory(ROWS), reduction=reduction, **options)
+        outputs, memory = memory_replay(cell, segments, model.initial_memory(batch), reduction=reduction, **options)
     loss = (torch.stack(outputs).mean() if reduction == "none" else outputs) + memory.float().square().cos().mean()
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
@@ -86,6 +88,24 @@ def recomputed() -> list[dict]:
         same = all(torch.equal(f[name], e) for f in found[1:] for name, e in found[0].items())
         row = {"check": f"recompute none, cheap, all, dropout {dropout}", "same_bits": same, "said": said}
         rows.append(row | {"ok": same and not said})
+    return rows
+
+
+def side_by_side() -> list[dict]:
+    """Calls that run at a time, of sizes at which they do: no bit changes, over and over."""
+    rows = []
+    for batch, length, slots, dropout in ((8, 128, 128, 0.0), (8, 128, 128, 0.1), (4, 64, 32, 0.0)):
+        torch.manual_seed(0)
+        sizes = dict(vocabulary=256, width=512, heads=8, hidden=2048, layers=4, slots=slots, segment_length=length)
+        model = MemformerLM(MemformerLMConfig(**sizes, dropout=dropout)).to(CUDA, torch.bfloat16)
+        segments = [tuple(torch.randint(256, (batch, length), device=CUDA) for _ in range(2)) for _ in range(8)]
+        captured, different = CapturedCell(model.cell, always=True), 0
+        expected = gradients(model, model.cell, segments, reduction="mean", batch=batch)
+        for _ in range(20):
+            found = gradients(model, captured, segments, reduction="mean", batch=batch)
+            different += not all(torch.equal(found[name], e) for name, e in expected.items())
+        row = {"check": f"{batch} x {length} tokens, {slots} slots, dropout {dropout}", "of 20 differ": different}
+        rows.append(row | {"ok": different == 0})
     return rows
 
 
@@ -144,7 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of replay.json")
     out = parser.parse_args().out
-    rows = [*rollouts(language_model), *rollouts(encoder_decoder), *recomputed(), *fallback(), *graphs_are_let_go()]
+    rows = [*rollouts(language_model), *rollouts(encoder_decoder), *recomputed(), *side_by_side()]
+    rows += [*fallback(), *graphs_are_let_go()]
     for row in rows:
         print("ok    " if row["ok"] else "FAILED", json.dumps({k: v for k, v in row.items() if k != "ok"}), flush=True)
     report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": rows}
