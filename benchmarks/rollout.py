@@ -4,9 +4,11 @@ compiled, and ours, with the budgets between replay and full back-propagation.
     python benchmarks/rollout.py --out benchmarks/results/rollout_h200.json --plot docs/images/rollout.png
     python benchmarks/rollout.py --shapes small --skip compiled,budget
 
-A time is the median of wall times from the first call to the end of the last kernel. "busy" is the time in which a
-kernel ran. Peak memory is what a rollout adds to the model and its segments, gradients and cuBLAS workspaces included:
-what the allocator hands out at most, and what recorded graphs hold beside it all the time.
+A time is the median of wall times from the first call to the end of the last kernel; "queued" is that of rollouts that
+follow one another without a wait, as in training, where the host prepares the next one meanwhile. "busy" is the sum of
+the kernels' times, some of which may run side by side. Peak memory is what a rollout adds to the model and its
+segments, gradients and cuBLAS workspaces included: what the allocator hands out at most, and what recorded graphs hold
+beside it all the time.
 """
 
 import argparse
@@ -176,8 +178,14 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
         hosts.append(time.perf_counter() - started)
         torch.cuda.synchronize()
         walls.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    torch.cuda.synchronize()
+    queued = (time.perf_counter() - started) / repeats
     figures = {
         "ms": round(statistics.median(walls) * 1e3, 2),
+        "queued_ms": round(queued * 1e3, 2),
         "host_ms": round(statistics.median(hosts) * 1e3, 2),
         "first_call_s": round(first, 2),
         "peak_MiB": round(peak / MIB),

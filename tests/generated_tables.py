@@ -72,9 +72,9 @@ def rollout_runs() -> str:
     rows = []
     for name, part in _result("rollout_h200")["shapes"].items():
         for row in part["rows"]:
-            figures = _ms(row["ms"]), _ms(row["busy_ms"]) if "busy_ms" in row else "", row["peak_MiB"]
-            rows.append((name, row["run"].replace("ours, budget", "ours replay, budget"), *figures))
-    return _table(("shape", "run", "ms", "busy ms", "peak MiB"), rows)
+            times = (_ms(row[key]) if key in row else "" for key in ("ms", "queued_ms", "busy_ms"))
+            rows.append((name, row["run"].replace("ours, budget", "ours replay, budget"), *times, row["peak_MiB"]))
+    return _table(("shape", "run", "ms", "queued ms", "busy ms", "peak MiB"), rows)
 
 
 def paper_replay() -> str:

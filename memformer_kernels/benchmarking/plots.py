@@ -1,6 +1,7 @@
 """The pictures of figures that were measured."""
 
 import math
+import re
 from pathlib import Path
 
 from memformer_kernels.benchmarking import peers
@@ -105,7 +106,8 @@ def draw_rollouts(report: dict, path: Path) -> Path:
     entries = {}
     for name, part in report["shapes"].items():
         axis = axes.pop(0)
-        _draw_shape(axis, [row for row in part["rows"] if "ms" in row and "recompute" not in row["run"]])
+        drawn = [row for row in part["rows"] if not re.search("recompute|expandable", row["run"])]
+        _draw_shape(axis, [row for row in drawn if "ms" in row])
         axis.set(title=name, xlabel="peak memory (MiB)", ylabel="forward + backward (ms)")
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(5, len(entries)), fontsize=8)
