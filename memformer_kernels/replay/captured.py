@@ -1,8 +1,9 @@
 """Rollouts as CUDA graphs: the passes of the engine, recorded once for segments of one form, and replayed.
 
-What is recorded is the engine in Python as it stands, on tensors that stay: its calls, its budget, its sums. A replay
-copies the segments and the state in, and the outputs, the last state and the gradients out. A rollout that is longer
-than one graph should be is a rollout of rollouts: of all but the last the forward is run again before the backward.
+What is recorded is the engine in Python as it stands, on tensors that stay: its calls, its budget, its sums; calls that
+do not depend on one another go to several streams (`lanes`). A replay copies the segments and the state in, and the
+outputs, the last state and the gradients out. A rollout that is longer than one graph should be is a rollout of
+rollouts: of all but the last the forward is run again before the backward.
 """
 
 import dataclasses
