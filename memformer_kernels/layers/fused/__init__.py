@@ -22,6 +22,8 @@ try:
 except ImportError:  # no Triton
     functions = None
 
+MOST_WORDS = 1024  # of a vocabulary whose gradient is a matrix product, with a column for each word
+
 
 def embed(tokens: Tensor, embedding: nn.Embedding, position: nn.Embedding, positions: Tensor | None) -> Tensor:
     """Of tokens [B, L], and positions [B, L] or None, which count from 0, to [B, L, C]."""
@@ -87,9 +89,6 @@ def residual_norm_linear(
     given = _rows(x), None if branch is None else _rows(branch), norm.weight, norm.bias, norm.eps
     total, y = functions.ResidualNormLinear.apply(*given, f.weight, f.bias, _compute_dtype(x), recompute == "none")
     return total.view(x.shape), y.unflatten(0, x.shape[:-1])
-
-
-MOST_WORDS = 1024  # of a vocabulary whose gradient is a matrix product, with a column for each word
 
 
 def _rows(x: Tensor) -> Tensor:
