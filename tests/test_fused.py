@@ -229,16 +229,30 @@ def test_nothing_outside_the_vocabulary_is_read(token):
 def test_which_embeddings_are_fused(monkeypatch):
     monkeypatch.setattr(fused, "_fuses", lambda x: True)
     calls = []
-    monkeypatch.setattr(functions.Embed, "apply", lambda tokens, *_: calls.append(1) or torch.zeros(tokens.numel(), 8))
+    monkeypatch.setattr(
+        functions.Embed, "apply", lambda tokens, words, _: calls.append(1) or words.new_zeros(6, words.shape[1])
+    )
     tokens, positions = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
 
-    def embed(dtype=F16, words=8, positions=None):
-        tables = (nn.Embedding(n, 8, dtype=dtype) for n in (words, 4))
-        assert fused.embed(tokens, *tables, positions).shape == (2, 3, 8)
+    def embed(dtype=F16, words=8, positions=None, width=8):
+        tables = (nn.Embedding(n, width, dtype=dtype) for n in (words, 4))
+        assert fused.embed(tokens, *tables, positions).shape == (2, 3, width)
         return bool(calls) and bool(calls.pop())
 
-    assert embed() and embed(words=1024)
-    assert not (embed(words=1025) or embed(dtype=F32) or embed(positions=positions))
+    assert embed() and embed(words=1024, width=256)
+    assert not (embed(words=1025, width=512) or embed(words=33) or embed(dtype=F32) or embed(positions=positions))
+    tokens = tokens.to("meta")  # on another device than the tables
+    assert not embed()
+
+
+def test_an_embedding_of_nothing(monkeypatch):
+    monkeypatch.setattr(fused, "_fuses", lambda x: True)
+    tables = [nn.Embedding(n, 8, dtype=F16) for n in (8, 4)]
+    for shape in ((0, 3), (2, 0)):
+        embedded = fused.embed(torch.zeros(shape, dtype=torch.int64), *tables, None)
+        assert embedded.shape == (*shape, 8)
+        embedded.float().sum().backward()
+        assert not any(table.weight.grad.any() for table in tables)
 
 
 def test_linears(dtype):
@@ -250,6 +264,15 @@ def test_linears(dtype):
     expected = [nn.functional.linear(inputs64[0], w) for w in inputs64[1:]]
     _assert_close(outputs, expected, dtype)
     _assert_close(_gradients(outputs, inputs), _gradients(expected, inputs64), dtype)
+
+
+def test_linears_under_autocast_in_the_backward():
+    f, g = (_pieces(24, F32, bias=False)[1] for _ in range(2))
+    x = torch.randn(7, 24).requires_grad_()
+    outputs = functions.Linears.apply(x, f.weight, g.weight, F32)
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = torch.autograd.grad(outputs, (x, f.weight), [torch.ones(7, 12)] * 2)
+    assert [grad.dtype for grad in grads] == [F32, F32]
 
 
 def test_linears_share_a_weight_in_their_order():

@@ -23,8 +23,8 @@ def log(monkeypatch):
     events, stack = [], []
 
     class Logged(Lanes):
-        def __init__(self, device=None):
-            super().__init__(device)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             if self.many:
                 events.clear()
 
@@ -235,6 +235,61 @@ def test_early_sums_have_memory_of_their_own():
             loss, _ = memory_replay(way, segments, torch.zeros(2, 3), reduction="mean")
             (5 * loss).backward()
         assert torch.equal(a.grad, torch.full((2, 3), 10.0)) and torch.equal(b.grad, a.grad)
+
+
+def test_what_the_third_lane_reads_is_held(monkeypatch):
+    """A segment that two parts read: the gradient of one, which another lane made, is added to aside."""
+    held = []
+
+    class Holding(Lanes):
+        def aside(self, tensors):
+            held.append(tensors)
+            return super().aside(tensors)
+
+    monkeypatch.setattr(captured, "Lanes", Holding)
+    first, linear, head = (nn.Linear(4, 4) for _ in range(3))
+
+    def prepare(segments):
+        return [torch.sin(first(x)) for x in segments]
+
+    def advance(x, state):
+        for _ in range(3):
+            x = torch.tanh(linear(x) + state)
+        return x, x
+
+    def readout(features, segments):
+        return [(head(f) * x).mean() for f, x in zip(features, segments, strict=True)]
+
+    cell = StagedCell(advance, prepare=prepare, readout=readout)
+    grads = []
+    for way in (cell, CapturedCell(cell, always=True)):
+        segments = [torch.linspace(i, i + 1, 8).view(2, 4).requires_grad_() for i in range(HORIZON)]
+        for _ in range(2):
+            loss, _ = memory_replay(way, segments, torch.zeros(2, 4), reduction="mean")
+            found = torch.autograd.grad(loss, segments)
+        grads.append(found)
+    assert all(map(torch.equal, *grads))
+    of_reads = [tensors[1] for tensors in held if isinstance(tensors, tuple)]
+    assert of_reads and all(isinstance(t, torch.Tensor) for tensors in of_reads for t in tensors)
+
+
+def test_each_lane_has_leaves_of_its_own(log, monkeypatch):
+    """A leaf belongs to the stream that it was first used on, to which autograd hands its gradients."""
+    leaves = {}
+    back_propagate = PythonPart._back_propagate
+
+    def of_lane(part, *arguments):
+        stand_ins = part.surroundings.modules.stand_ins
+        leaves.setdefault(id(stand_ins) if stand_ins else 0, set()).update(map(id, part._leaves()))
+        return back_propagate(part, *arguments)
+
+    monkeypatch.setattr(PythonPart, "_back_propagate", of_lane)
+    model, segments = _model()
+    loss = _recorded(model, segments)
+    leaves.clear()  # of the forward
+    loss.backward()
+    assert len(leaves) == 3 and sum(map(len, leaves.values())) == len(set.union(*leaves.values()))
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_one_lane_without_a_device():

@@ -252,17 +252,17 @@ class _Capture:
         parts = python_parts(self.cell, self.surroundings, self.budget, count=True, sizes=self._sizes)
         if not torch.is_grad_enabled():
             return Tree.of(run_parts(NoTape(), parts, *arguments.whole(), budget=self.budget))
-        lanes = Lanes(self.store.device if recorded and not self._draws else None)  # which would draw in another order
+        lanes = self._lanes() if recorded and not self._draws else Lanes()  # which would draw in another order
         self._passes = Passes(parts, self.surroundings, self.budget, self.weight, lanes=lanes, once=True)
         return self._passes.forward(arguments.cut(), {})
 
     def _run_backward(self, *, recorded: bool) -> tuple[Grads, dict[Tensor, Tensor]]:
-        self._passes.lanes = Lanes(self.store.device if recorded else None)
-        with warnings.catch_warnings():
-            # a parameter's node belongs to the lane that made it, and waits for the other: nothing is wrong
-            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-            grads, totals = self._passes.backward(self._passes.tape.values, self._grads)
+        self._passes.lanes = self._lanes() if recorded else Lanes()
+        grads, totals = self._passes.backward(self._passes.tape.values, self._grads)
         return grads, sums_of(totals, self.leaves)
+
+    def _lanes(self) -> Lanes:
+        return Lanes(self.store.device, self.surroundings.modules, list(self.store.aliases.values()))
 
     def _record(self) -> None:
         replaced = self.surroundings.modules.parameters_replaced

@@ -5,9 +5,12 @@ Few tokens leave a GPU half empty, and the kernels of one stream wait for one an
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
+
+from memformer_kernels.replay.surroundings import ModuleState
 
 ASIDE = 2
 
@@ -18,11 +21,20 @@ class Lanes:
     there is but one lane.
 
     What a lane allocates is its own, and is used again as soon as nobody refers to it: a tensor that another lane reads
-    must be let go of before the next `done`, or be held until the end.
+    must be let go of before the next `done`, or be held until the end. So that a parameter's gradients are not handed
+    from lane to lane, each lane but the first has leaves of its own, which stand for the `modules`' `parameters`.
     """
 
-    def __init__(self, device: torch.device | None = None):
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        modules: ModuleState | None = None,
+        parameters: Sequence[nn.Parameter] = (),
+    ):
         self.many = device is not None
+        self._modules, self._stand_ins = modules, {}
+        for lane in (1, ASIDE) if modules is not None else ():
+            self._stand_ins[lane] = {p: nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
         self._streams, self._done, self._used, self._held = None, None, {0}, []
         if device is not None and device.type == "cuda":
             main = torch.cuda.current_stream(device)
@@ -30,13 +42,14 @@ class Lanes:
 
     @contextlib.contextmanager
     def on(self, lane: int) -> Iterator[None]:
-        """What is launched inside runs on this lane, after all that was `done`."""
-        if self._streams is None:
-            yield
-            return
-        self._used.add(lane)
-        with torch.cuda.stream(self._streams[lane]):
-            self._streams[lane].wait_event(self._done)
+        """What is launched inside runs on this lane, after all that was `done`, on the lane's leaves."""
+        with contextlib.ExitStack() as stack:
+            if lane in self._stand_ins:
+                stack.enter_context(self._modules.standing_in(self._stand_ins[lane]))
+            if self._streams is not None:
+                self._used.add(lane)
+                stack.enter_context(torch.cuda.stream(self._streams[lane]))
+                self._streams[lane].wait_event(self._done)
             yield
 
     def done(self, lane: int) -> None:

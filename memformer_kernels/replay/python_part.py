@@ -93,10 +93,11 @@ class PythonPart:
 
     def _run_with_graph(self, label: str, arguments: Tree, *, passing: bool = False) -> tuple[Tree, list[Tensor], int]:
         """The result, its tensors, and the bytes of its graph where the keeper counts them."""
-        given = arguments.tensors()
+        given, s = arguments.tensors(), self.surroundings
         versions, mark = versions_of(given), graph_mark()
         passing_bytes = self.expected_bytes if passing else None
-        with self.keeper.counting([*given, *self.parameters], passing_bytes=passing_bytes) as count:
+        known = [*given, *self.parameters, *s.modules.parameters]
+        with self.keeper.counting(known, passing_bytes=passing_bytes) as count:
             result = self.run_only(arguments)
         if self.bytes_each is None:
             self.bytes_each = self.expected_bytes = count.bytes if self.expected_bytes is None else self.expected_bytes
@@ -110,15 +111,22 @@ class PythonPart:
                 f"make it known with torch.utils._pytree.register_pytree_node"
             )
         made = result.tensors()
-        self.parameters += leaves_of(made, [*given, *self.parameters], mark)
+        originals = {leaf: p for p, leaf in s.modules.stand_ins.items()}
+        found = leaves_of(made, [*given, *self._leaves()], mark)
+        self.parameters += [originals.get(leaf, leaf) for leaf in found]
         return result, made, count.bytes
+
+    def _leaves(self) -> list[Tensor]:
+        """What graphs end in now, for each of the parameters."""
+        return [self.surroundings.modules.stand_ins.get(p, p) for p in self.parameters]
 
     def _back_propagate(self, given: list[Tensor], made: list[Tensor], arriving: Grads, totals: Totals) -> Grads:
         roots = [(m, g) for m, g in zip(made, arriving, strict=True) if g is not None]
         wanted = [x for x in given if x.requires_grad]
-        with totals.taking(self.parameters):
+        leaves = self._leaves()
+        with totals.taking(self.parameters, leaves):
             grads = torch.autograd.grad(
-                [m for m, _ in roots], [*wanted, *self.parameters], [g for _, g in roots], allow_unused=True
+                [m for m, _ in roots], [*wanted, *leaves], [g for _, g in roots], allow_unused=True
             )
         grad_of = {id(x): g for x, g in zip(wanted, grads, strict=False)}
         return [grad_of.get(id(x)) for x in given]
@@ -137,7 +145,7 @@ class PythonPart:
                 f"memory_replay: {label} gave another result when it was replayed (strict=True); the cell draws on "
                 f"randomness or a state that is not replayed: hand generators over in random_sources"
             )
-        if unknown := leaves_of(made, [*arguments.tensors(), *self.parameters], mark):
+        if unknown := leaves_of(made, [*arguments.tensors(), *self._leaves()], mark):
             raise RuntimeError(
                 f"memory_replay: {label} used a parameter of shape {list(unknown[0].shape)} when it was replayed "
                 f"that the forward did not"

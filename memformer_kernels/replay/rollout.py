@@ -93,8 +93,8 @@ def weighed_sum(outputs: list[Any], weight: float) -> Tensor:
 class Passes:
     """The two passes of one rollout with gradients. With `weight`, the outputs' sum times it is in their place.
 
-    lanes: of the pass that runs. Where there are many, calls are run again ahead of their turn in the backward; those
-        of `prepare`, and in a forward that draws no random numbers those of `readout`, run aside.
+    lanes: of the pass that runs. Where there are many, calls are run again ahead of their turn in the backward; without
+        a budget those of `prepare`, and in a forward with `weight` those of `readout`, run aside.
     once: whether no backward runs twice on the values of one forward, so that it may modify sums among them.
     """
 
@@ -150,9 +150,9 @@ class Passes:
         lanes, lane_of = self.lanes, {}
         lanes.done(0)
         calls = [call for call in reversed(self.tape.calls) if call.early is None]
-        advances = [call for call in calls if call.part is self.parts.advance]
-        following = dict(zip(map(id, advances), advances[1:], strict=False)) if self._graphs_beside(2) else {}
         aside = self._graphs_beside(None)
+        chain = [call for call in calls if call.part is self.parts.advance] if aside else calls
+        following = dict(zip(map(id, chain), chain[1:], strict=False)) if self._graphs_beside(2) else {}
 
         def pull(call: Call, grads: Grads) -> None:
             found = call.part.pull(call.record, call.arguments_of(values), grads, totals[id(call.part)])
@@ -163,11 +163,12 @@ class Passes:
             if all(g is None for g in grads):
                 continue
             if aside and call.part is self.parts.prepare:
-                with lanes.aside(grads):
+                with lanes.aside((grads, table.of(call.reads))):
                     pull(call, grads)
                 continue
             lane = lane_of.pop(id(call), 0)
-            if (after := following.get(id(call))) is not None:
+            after = following.get(id(call))
+            if after is not None and after.part is self.parts.advance:
                 with lanes.on(1 - lane):
                     if after.part.run_ahead(after.record, after.arguments_of(values)):
                         lane_of[id(after)] = 1 - lane
@@ -245,6 +246,9 @@ class _Table:
         for number, grad in grads:
             if grad is not None:
                 self._grads[number] = self._grads[number] + grad if number in self._grads else grad
+
+    def of(self, numbers: Iterable[int]) -> list[Tensor | None]:
+        return [self._grads.get(number) for number in numbers]
 
     def take(self, number: int) -> Tensor | None:
         return self._grads.pop(number, None)

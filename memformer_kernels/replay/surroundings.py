@@ -116,6 +116,7 @@ class ModuleState:
         ]
         found = {id(p): p for m in self.owners for p in m._parameters.values() if p is not None and not is_lazy(p)}
         self.parameters = list(found.values())
+        self.stand_ins: Mapping[Tensor, Tensor] = {}
         self._recorded: tuple[list[Tensor], list[int], list[Tensor]] = ([], [], [])
 
     def buffers(self) -> list[Tensor]:
@@ -152,6 +153,16 @@ class ModuleState:
         finally:
             for module, name, parameter in places:
                 module._parameters[name] = parameter
+
+    @contextlib.contextmanager
+    def standing_in(self, by: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Inside, graphs end in the tensors of `by`, which stand for its keys."""
+        before, self.stand_ins = self.stand_ins, by
+        try:
+            with self.parameters_replaced(by):
+                yield
+        finally:
+            self.stand_ins = before
 
     @contextlib.contextmanager
     def kept_if_raises(self) -> Iterator[None]:

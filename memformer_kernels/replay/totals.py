@@ -17,16 +17,19 @@ class Totals:
         self._sums = dict(sums or {})
         self._owned = set(self._sums)  # the others may be autograd's
         self._lent: Mapping[Tensor, Tensor] = {}
+        self._parameter_of: Mapping[Tensor, Tensor] = {}
 
     def __bool__(self) -> bool:
         """Whether a gradient came."""
         return bool(self._lent or self._sums)
 
     @contextlib.contextmanager
-    def taking(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the gradients of `parameters` come here, each at once, so that those of one call never stand beside
-        the sums all together. The user's hooks, which belong to the rollout's one gradient, stay out."""
-        with hooks_replaced(parameters, [functools.partial(self._take, p) for p in parameters]), open_sink(self):
+    def taking(self, parameters: Sequence[Tensor], leaves: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the gradients of `leaves`, which stand for `parameters`, come here, each at once, so that those of
+        one call never stand beside the sums all together. The user's hooks, which belong to the rollout's one gradient,
+        stay out."""
+        self._parameter_of = dict(zip(leaves, parameters, strict=True))
+        with hooks_replaced(leaves, [functools.partial(self._take, p) for p in parameters]), open_sink(self):
             yield
 
     def takes(self, parameter: Tensor) -> bool:
@@ -34,7 +37,8 @@ class Totals:
 
     def add(self, parameters: Sequence[Tensor | None], make: Make) -> Gradients:
         """As a sink for what is delivered inside `taking`."""
-        return make([self._total(p) if p is not None and p.requires_grad else None for p in parameters])
+        of = (None if p is None else self._parameter_of.get(p, p) for p in parameters)
+        return make([self._total(p) if p is not None and p.requires_grad else None for p in of])
 
     def lend(self, sums: Mapping[Tensor, Tensor]) -> None:
         """Adds sums that somebody will overwrite after the next `own()`."""

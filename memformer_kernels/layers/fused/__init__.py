@@ -22,15 +22,17 @@ try:
 except ImportError:  # no Triton
     functions = None
 
-MOST_WORDS = 1024  # of a vocabulary whose gradient is a matrix product, with a column for each word
+MOST_WORDS = 1024  # of a vocabulary whose gradient is a matrix product, with a column for each; and 4 for a channel
 
 
 def embed(tokens: Tensor, embedding: nn.Embedding, position: nn.Embedding, positions: Tensor | None) -> Tensor:
     """Of tokens [B, L], and positions [B, L] or None, which count from 0, to [B, L, C]."""
     words, places = embedding.weight, position.weight
-    alike = words.dtype == places.dtype and words.dtype.itemsize == 2
-    if positions is None and alike and len(words) <= MOST_WORDS and _fuses(words):
-        return functions.Embed.apply(tokens, words, places).view(*tokens.shape, -1)
+    alike = words.dtype == places.dtype and words.dtype.itemsize == 2 and tokens.device == words.device
+    whole = words.is_contiguous() and places.is_contiguous()
+    few = len(words) <= min(MOST_WORDS, 4 * words.shape[1])
+    if positions is None and alike and whole and few and _fuses(words):
+        return functions.Embed.apply(tokens, words, places).unflatten(0, tokens.shape)
     if positions is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
     return embedding(tokens) + position(positions)

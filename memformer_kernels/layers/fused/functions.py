@@ -43,7 +43,7 @@ class Embed(torch.autograd.Function):
             if sums is None:
                 return (None,)
             rest = sums.new_zeros(len(places) - length, places.shape[1])
-            return (torch.cat([sums.view(length, -1), rest]),)
+            return (torch.cat([sums.view(length, places.shape[1]), rest]),)
 
         made = (deliver((p,), make)[0] if _wanted(p) else None for p, make in ((words, of_words), (places, of_places)))
         return None, *made
@@ -83,7 +83,7 @@ class Linears(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Grad, ...]:
         refuse_double_backward("linears")
         x, v, w = ctx.saved_tensors
-        grad_x = (grads[0] @ v).addmm_(grads[1], w).to(ctx.of_x) if ctx.needs_input_grad[0] else None
+        grad_x = torch.addmm(grads[0] @ v, grads[1], w).to(ctx.of_x) if ctx.needs_input_grad[0] else None
         of_weights = (_of_weight(p, grad, x) for p, grad in zip(ctx.weights, grads, strict=True))
         return grad_x, *of_weights, None
 
