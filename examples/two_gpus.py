@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 examples/two_gpus.py    (without GPUs it runs on CPUs, over gloo)
 """
 
+import gc
 import os
 
 import torch
@@ -44,4 +45,6 @@ dist.all_gather(totals, total)
 if rank == 0:
     same = all(torch.equal(other, total) for other in totals)
     print(f"{len(totals)} ranks on {device.type}, loss {loss.item():.3f}; weights {'equal' if same else 'DIFFER'}")
+del rollout, optimizer, loss
+gc.collect()  # DDP, which must not outlive the group
 dist.destroy_process_group()
