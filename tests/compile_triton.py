@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from memformer_kernels import launch, tiles
-from memformer_kernels.layers.fused import grouped, segment_attention
+from memformer_kernels.layers.fused import embedding, grouped, segment_attention
 from memformer_kernels.layers.fused import triton as fused
 from memformer_kernels.ops.memory_forget import triton as forget
 from memformer_kernels.ops.memory_read import triton as read
@@ -146,8 +146,8 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
         "residual_norm backward": lambda: fused.residual_norm_backward(
             rows, rows, rows, of_rows, of_rows, weight, weight, True
         ),
-        "embed": lambda: fused.embed(tokens, rows, rows),
-        "one hot": lambda: fused.one_hot(tokens, 256, dtype),
+        "embed": lambda: embedding.embed(tokens, rows, rows),
+        "one hot": lambda: embedding.one_hot(tokens, 256, dtype),
         "column sums": lambda: fused.column_sums(rows[:, None], None),
         "grouped column sums": lambda: grouped.column_sums([(rows, of_columns), (rows, of_columns)]),
         "gelu forward": lambda: fused.gelu_forward(rows),

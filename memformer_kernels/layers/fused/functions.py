@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memformer_kernels.gradient_sink import deliver, put_off
-from memformer_kernels.layers.fused import grouped, segment_attention
+from memformer_kernels.layers.fused import embedding, grouped, segment_attention
 from memformer_kernels.layers.fused import triton as kernels
 from memformer_kernels.ops.library import refuse_double_backward
 
@@ -26,7 +26,7 @@ class Embed(torch.autograd.Function):
         tokens = tokens.contiguous()
         ctx.save_for_backward(tokens)
         ctx.words, ctx.places = words, places
-        return kernels.embed(tokens, words, places)
+        return embedding.embed(tokens, words, places)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Grad, ...]:
@@ -35,7 +35,7 @@ class Embed(torch.autograd.Function):
         batch, length = tokens.shape
 
         def of_words(totals: list[Grad]) -> tuple[Grad, ...]:
-            return (_product(kernels.one_hot(tokens, len(words), grad.dtype), grad, totals[0]),)
+            return (_product(embedding.one_hot(tokens, len(words), grad.dtype), grad, totals[0]),)
 
         def of_places(totals: list[Grad]) -> tuple[Grad, ...]:
             total = None if totals[0] is None else totals[0][:length].view(-1)

@@ -1,4 +1,4 @@
-"""Residual addition with layer normalisation, the derivative of GELU, embeddings, in Triton.
+"""Residual addition with layer normalisation, and the derivative of GELU, in Triton.
 
     sum = x + branch     normalised = (sum - mean) / std * weight + bias
     unit = (sum - mean) / std     g = grad_normalised * weight
@@ -25,41 +25,6 @@ MOST_ROW_PARTS = 64  # into which more rows are split
 FEW_ROWS = {"BLOCK": 16, "ROWS": 256, "num_warps": 8}
 MORE_ROWS = {"BLOCK": 32, "ROWS": 512, "num_warps": 8}
 PART_OF_ROWS = {"BLOCK": 128, "ROWS": 64, "num_warps": 8}
-
-
-@triton.jit(do_not_specialize=["rows", "vocabulary"], debug=True)  # so that it looks at its assertion
-def _embed_kernel(
-    tokens,  # [rows]
-    words,  # [vocabulary, C]
-    places,  # [at least length, C]
-    embedded,  # [rows, C], words[token] + places[row % length]
-    rows,
-    vocabulary,
-    length,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = tl.load(tokens + row, mask=row < rows, other=0)
-    known = (token >= 0) & (token < vocabulary)
-    tl.device_assert(known, "embed: a token is not in the vocabulary")
-    channels = tl.arange(0, BLOCK_C)[None, :]
-    inside = (row < rows)[:, None] & (channels < C)
-    found = words + token.to(tl.int64)[:, None] * C + channels
-    word = tl.load(found, mask=inside & known[:, None], other=float("nan")).to(tl.float32)
-    place = tl.load(places + (row % length)[:, None] * C + channels, mask=inside, other=0.0).to(tl.float32)
-    tl.store(embedded + row[:, None] * C + channels, (word + place).to(embedded.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows", "vocabulary"])
-def _one_hot_kernel(tokens, hot, rows, vocabulary, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = tl.load(tokens + row, mask=row < rows, other=-1)
-    words = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows)[:, None] & (words < vocabulary)
-    is_it = (words == token[:, None]).to(hot.dtype.element_ty)
-    tl.store(hot + row[:, None] * vocabulary + words, is_it, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -244,7 +209,7 @@ def unsupported_reason(x: Tensor) -> str | None:
     return launch.unsupported_reason(x=x)
 
 
-def _tile(width: int) -> dict[str, int]:
+def row_tile(width: int) -> dict[str, int]:
     """Eight elements, 16 bytes of a 16-bit row, a thread. Not a function of the rows: a row has the same bits in any
     batch."""
     block = triton.next_power_of_2(width)
@@ -253,40 +218,8 @@ def _tile(width: int) -> dict[str, int]:
 
 
 @launch.planned
-def _embed_plan(rows, length, sizes, dtypes, device) -> launch.Launcher:
-    vocabulary, width = sizes
-    tile = _tile(width)
-    return launch.Launcher(_embed_kernel, -(-rows // tile["ROWS"]), (rows, vocabulary, length), C=width, **tile)
-
-
-def embed(tokens: Tensor, words: Tensor, places: Tensor) -> Tensor:
-    """words[tokens] + places[0, 1, ...], [B * L, C], of contiguous integers [B, L] and tables of one dtype."""
-    rows, length = tokens.numel(), tokens.shape[1]
-    embedded = words.new_empty(rows, words.shape[1])
-    if embedded.numel():
-        plan = _embed_plan(rows, length, tuple(words.shape), (tokens.dtype, words.dtype), words.device)
-        plan(tokens, words, places, embedded)
-    return embedded
-
-
-@launch.planned
-def _one_hot_plan(rows, vocabulary, dtypes, device) -> launch.Launcher:
-    block = triton.next_power_of_2(vocabulary)
-    tile = {"BLOCK": block, "ROWS": max(1, 2048 // block), "num_warps": 4}
-    return launch.Launcher(_one_hot_kernel, -(-rows // tile["ROWS"]), (rows, vocabulary), **tile)
-
-
-def one_hot(tokens: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """[tokens, vocabulary], 1 where a token is that word and 0 elsewhere, of contiguous integers."""
-    hot = tokens.new_empty(tokens.numel(), vocabulary, dtype=dtype)
-    if hot.numel():
-        _one_hot_plan(tokens.numel(), vocabulary, (tokens.dtype, dtype), tokens.device)(tokens, hot)
-    return hot
-
-
-@launch.planned
 def _forward_plan(rows, width, dtypes, parts_given, eps, device) -> launch.Launcher:
-    tile = _tile(width)
+    tile = row_tile(width)
     programs = -(-rows // tile["ROWS"])
     return launch.Launcher(_residual_norm_forward_kernel, programs, (eps, rows), C=width, **tile)
 
