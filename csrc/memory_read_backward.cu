@@ -28,22 +28,23 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
   constexpr int kThreads = 256, kRows = kThreads / (Traits::kWidth / Vector<T>::kSize);
   const int64_t row_blocks = ceil_div<int64_t>(heads * tiles * Traits::kTokens, kRows);
   if (row_blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
-  const auto statistics = memory_read_backward_statistics_kernel<T, Traits::kWidth>;
-  statistics<<<static_cast<unsigned>(row_blocks), kThreads, 0, params.stream>>>(params, tiles);
+  if constexpr (!Traits::kAlone) {
+    const auto statistics = memory_read_backward_statistics_kernel<T, Traits::kWidth>;
+    statistics<<<static_cast<unsigned>(row_blocks), kThreads, 0, params.stream>>>(params, tiles);
+  }
 
+  const auto kernel = memory_read_backward_kernel<Traits>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
+  if (error != cudaSuccess) return error;
   CUtensorMap grad{}, query{}, key{}, value{};
   const auto map = [&params](CUtensorMap* map, const void* data, const int64_t(&stride)[4], int64_t rows, int box) {
     if (!tensor_map_takes(data, stride, params.B, params.H, rows)) return cudaErrorInvalidValue;
     return make_tensor_map(map, params.dtype, data, stride, params.B, params.H, rows, params.D, box);
   };
-  cudaError_t error = map(&grad, params.grad_output, params.grad_output_stride, params.L, Traits::kTokens);
+  error = map(&grad, params.grad_output, params.grad_output_stride, params.L, Traits::kTokens);
   if (error == cudaSuccess) error = map(&query, params.query, params.query_stride, params.L, Traits::kTokens);
   if (error == cudaSuccess) error = map(&key, params.key, params.key_stride, params.M, Traits::kSlots);
   if (error == cudaSuccess) error = map(&value, params.value, params.value_stride, params.M, Traits::kSlots);
-  if (error != cudaSuccess) return error;
-
-  const auto kernel = memory_read_backward_kernel<Traits>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
   if (error != cudaSuccess) return error;
 
   constexpr int kSlots = Traits::kBlocks * Traits::kSlots;  // of a cluster
@@ -68,6 +69,7 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
 
 template <typename T, int kWidth>
 cudaError_t launch(const MemoryReadBackwardParams& params) {
+  if (params.M <= 128) return launch_kernels<ReadBackwardTraits<T, kWidth, 1>>(params);
   if (params.M <= 256) return launch_kernels<ReadBackwardTraits<T, kWidth, 2>>(params);
   if constexpr (kWidth == 64) {  // at wide heads there is no room for what does not divide the units
     if (params.M <= 384) return launch_kernels<ReadBackwardTraits<T, kWidth, 3>>(params);

@@ -7,21 +7,19 @@ namespace {
 
 template <typename Traits>
 cudaError_t launch_kernel(const MemoryReadForwardParams& params) {
+  const auto kernel = memory_read_forward_kernel<Traits>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
   CUtensorMap query{}, key{}, value{};
   if constexpr (!Traits::kGeneral) {
     const auto map = [&params](CUtensorMap* map, const void* data, const int64_t (&stride)[4], int64_t rows, int box) {
       return make_tensor_map(map, params.dtype, data, stride, params.B, params.H, rows, params.D, box);
     };
-    cudaError_t error = map(&query, params.query, params.query_stride, params.L, Traits::kRows);
+    if (error == cudaSuccess) error = map(&query, params.query, params.query_stride, params.L, Traits::kRows);
     if (error == cudaSuccess) error = map(&key, params.key, params.key_stride, params.M, Traits::kSlots);
     if (error == cudaSuccess) error = map(&value, params.value, params.value_stride, params.M, Traits::kSlots);
-    if (error != cudaSuccess) return error;
   }
-  const int64_t tiles = ceil_div<int64_t>(params.L, Traits::kRows) * params.B * params.H;
-  const auto kernel = memory_read_forward_kernel<Traits>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
   if (error != cudaSuccess) return error;
+  const int64_t tiles = ceil_div<int64_t>(params.L, Traits::kRows) * params.B * params.H;
   const unsigned blocks = static_cast<unsigned>(tiles < params.multiprocessors ? tiles : params.multiprocessors);
   kernel<<<blocks, Traits::kThreads, Traits::kShared, params.stream>>>(params, query, key, value, tiles);
   return cudaGetLastError();

@@ -14,6 +14,7 @@ import torch
 import triton
 
 from memformer_kernels import launch
+from memformer_kernels.compiling import constant
 
 # Batch rows are added up in at most this many groups: enough programs for a GPU together with the slots, and a sum over
 # the groups that costs little. A constant: the order of a sum must not depend on the device.
@@ -159,7 +160,12 @@ def _sensible_32_bits(kernel: str, architecture: int, block_d: int, block_m: int
 
 def architecture(device: torch.device) -> int:
     """10 * major + minor of the compute capability. The interpreter takes the tiles of an H100: it tests what runs."""
-    return _capability(device.index) if device.type == "cuda" else 90
+    return _architecture(device.index) if device.type == "cuda" else 90
+
+
+@constant  # to `torch.compile`, which looks through a cache
+def _architecture(device_index: int) -> int:
+    return _capability(device_index)
 
 
 def multiprocessors(device: torch.device) -> int:

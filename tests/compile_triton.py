@@ -120,7 +120,7 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
     statistics = torch.empty(B, H, M)
 
     def read_backward():
-        saves = read.saves_log_sum_exp(per_token, per_slot)
+        saves, _ = read.saves(per_token, per_slot)
         saved = (per_token, torch.empty(B, H, L), per_token) if saves else (None, None, None)
         read.backward(per_token, *read_call, *saved, *options)
 
@@ -153,6 +153,7 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
         "gelu forward": lambda: fused.gelu_forward(rows),
         "gelu backward": lambda: fused.gelu_backward(rows, rows, True),
         "memory_read forward": lambda: read.forward(*read_call, *options, True),
+        "memory_read forward, log-sum-exp": lambda: read.forward(*read_call, *options, True, saves_log_sum_exp=True),
         "memory_read backward": read_backward,
         "memory_write forward": lambda: write.forward(*write_call, 0.125, 1e-12, allow_tf32, True),
         "memory_write backward": write_backward,

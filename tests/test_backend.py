@@ -16,7 +16,7 @@ RUNS = """
 from memformer_kernels.ops.{op} import eager
 
 calls = []
-saves_log_sum_exp = getattr(eager, "saves_log_sum_exp", None)
+saves = getattr(eager, "saves", None)
 
 def unsupported_reason(*call):
     return {reason!r}

@@ -1,6 +1,5 @@
 import importlib
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,8 +142,13 @@ def test_delta_is_not_rounded_to_16_bits(triton, small_tiles, agree):
 def test_what_the_forward_saves_is_what_it_says(registered, small_tiles, slots):
     module = importlib.import_module("memformer_kernels.ops.memory_read.triton")
     query, key, value = make_case(OP, batch=1, heads=1, slots=slots, tokens=2).tensors.values()
-    _, log_sum_exp, _ = module.forward(query, key, value, None, 0.3, False, True)
-    assert module.saves_log_sum_exp(query, key) == (log_sum_exp is not None) == (slots > 16)
+    output, log_sum_exp, _ = module.forward(query, key, value, None, 0.3, False, True)
+    assert module.saves(query, key) == (log_sum_exp is not None,) * 2 == (slots > 16,) * 2
+    same, log_sum_exp, _ = module.forward(query, key, value, None, 0.3, False, True, saves_log_sum_exp=True)
+    assert torch.equal(same, output)
+    assert torch.allclose(0.3 * log_sum_exp, (0.3 * query @ key.mT).logsumexp(-1), atol=1e-5)
+    hidden = torch.zeros(1, slots, dtype=torch.bool)
+    assert not module.forward(query, key, value, hidden, 0.3, False, True, saves_log_sum_exp=True)[1].any()
 
 
 # Is the reference right?
@@ -478,67 +482,3 @@ def test_second_derivative_is_refused_where_there_is_none(registered):
     output = registered(OP)(**case.tensors)
     with pytest.raises(NotImplementedError, match="memory_read: the fused backward has no derivative of its own"):
         torch.autograd.grad(output.sum(), case.tensors["query"], create_graph=True)
-
-
-@pytest.mark.guarantee("G14")
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({}, None),
-        ({"is_cuda": False}, "query must be on a CUDA device, got cuda:0"),
-        ({"dtype": torch.float32}, "query must be float16 or bfloat16, got torch.float32"),
-        ({"slots": 128}, "key must have at least 129 slots, got 128: for fewer, Triton's kernels are ahead"),
-        ({"missing": "not compiled"}, "not compiled"),
-        ({"width": 129}, "query must have at most 128 channels a head, got 129"),
-        ({"architecture": 80}, "the GPU must have compute capability 9.0"),
-        ({"architecture": 100}, "the GPU must have compute capability 9.0"),
-        ({"compiled_for": "80;90"}, "the CUDA kernels be compiled for 90a, got 80;90"),
-    ],
-)
-def test_cuda_kernel_says_what_it_cannot_take(monkeypatch, change, reason):
-    pytest.importorskip("triton")  # has the forward of few slots
-    cuda_backend = importlib.import_module("memformer_kernels.ops.memory_read.cuda")
-    got = dict(is_cuda=True, dtype=torch.bfloat16, slots=129, width=128, architecture=90, compiled_for="80;90a")
-    got |= {"missing": None} | change
-    shape, device = (1, 1, 5, got["width"]), torch.device("cuda", 0)
-    query = SimpleNamespace(is_cuda=got["is_cuda"], dtype=got["dtype"], shape=shape, device=device)
-    key = SimpleNamespace(shape=(1, 1, got["slots"], got["width"]))
-    module = SimpleNamespace(memory_read_max_channels=128, architectures=got["compiled_for"])
-    monkeypatch.setattr(cuda_backend.triton, "unsupported_reason", lambda *_: None)
-    monkeypatch.setattr(cuda_backend._extension, "why_not", lambda: got["missing"])
-    monkeypatch.setattr(cuda_backend._extension, "load", lambda: module)
-    monkeypatch.setattr(cuda_backend.tiles, "architecture", lambda _: got["architecture"])
-    found = cuda_backend.unsupported_reason(query, key, key, None, 1.0, False)
-    assert found is None if reason is None else reason in found
-
-
-def _bfloat16(*shape):
-    return torch.randn(shape, dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("make", "copied"),
-    [
-        (lambda: _bfloat16(2, 3, 5, 16), False),
-        (lambda: _bfloat16(2, 5, 3, 16).transpose(1, 2), False),
-        (lambda: _bfloat16(2, 3, 5, 48)[..., 16:32], False),
-        (lambda: _bfloat16(1, 1, 1, 16).as_strided((1, 1, 1, 16), (0, 3, 5, 1)), False),  # nothing moves
-        (lambda: _bfloat16(2, 3, 5, 12), True),  # rows of one and a half vectors
-        (lambda: _bfloat16(2, 3, 5, 20)[..., :16], True),
-        (lambda: _bfloat16(2, 3, 5, 24)[..., 4:20], True),
-        (lambda: _bfloat16(2, 3, 16, 5).mT, True),
-        (lambda: _bfloat16(2, 1, 5, 16).expand(2, 3, 5, 16), True),
-        (lambda: _bfloat16().expand(2, 3, 5, 16), True),
-    ],
-)
-def test_cuda_backward_copies_what_tma_cannot(make, copied):
-    pytest.importorskip("triton")
-    cuda_backend = importlib.import_module("memformer_kernels.ops.memory_read.cuda")
-    tensor = make()
-    taken = cuda_backend._in_vectors(tensor)
-    D = tensor.shape[3]
-    assert (taken is not tensor) == copied
-    assert taken.shape == (*tensor.shape[:3], -(-D // 8) * 8)
-    assert torch.equal(taken[..., :D], tensor) and not taken[..., D:].any()
-    if copied:
-        assert cuda_backend._in_vectors(taken) is taken

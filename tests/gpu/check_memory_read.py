@@ -7,24 +7,19 @@ copied, masks, NaN in hidden places. The exit status is 1 if one failed. `DIRECT
 figures.
 """
 
-import argparse
-import json
-import os
-import shutil
-import subprocess
-import sys
-import traceback
-from pathlib import Path
+import functools
+import threading
 
+import cuda_checks
 import torch
 from triton_calls import LAYOUTS, answer, contiguous, differing, rows, same_bits
 
+from memformer_kernels import backend as backends
 from memformer_kernels import explain, memory_read, testing
 from memformer_kernels.testing import Case, cotangent, error_bound, make_case, shares_of_bound
 
-DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (8, 20, 64, 80, 96, 128)
-SLOTS = (129, 321, 330, 384, 640, 900, 1024, 2100)  # clusters of every size; three groups of slots
+SLOTS = (65, 128, 129, 321, 330, 384, 640, 900, 1024, 2100)  # clusters of every size; three groups of slots
 TOKENS = (1, 63, 64, 129, 200, 1000)
 
 
@@ -55,7 +50,7 @@ def check_bound(dtype):
     worst, count = {}, 0
     shapes = [(w, m, TOKENS[i % 6]) for i, (w, m) in enumerate((w, m) for w in WIDTHS for m in SLOTS)]
     shapes += [(64, 2100, 64), (128, 2100, 64)]  # one tile of tokens, which groups of slots hand on at once
-    shapes += [(64, 300, 9000), (96, 300, 9000)]  # more than one chunk of tokens
+    shapes += [(64, 300, 9000), (96, 300, 9000), (64, 128, 9000), (96, 100, 9000)]  # more than one chunk of tokens
     for i, (width, slots, tokens) in enumerate(shapes):
         amplitude, masked = (0.1, 1.0, 3.0)[i % 3], (0, 0, 0.3, 0.9)[i % 4]
         heads = 40 if tokens == 64 else 3  # more than run at a time
@@ -69,8 +64,8 @@ def check_bound(dtype):
 
 def check_layouts(dtype):
     """G11, and the two ways of copying: the bits of contiguous tensors in every layout, saved or not."""
-    for width in (64, 96):
-        case = case_of(dtype, slots=330, tokens=150, width=width)
+    for width, slots in ((64, 330), (96, 330), (64, 100), (96, 128)):
+        case = case_of(dtype, slots=slots, tokens=150, width=width)
         grad = cotangent(case)
         assert same_bits(run(case, grad).output, infer(case)), "what is saved changes the output"
         for layout in LAYOUTS:
@@ -83,7 +78,7 @@ def check_layouts(dtype):
 
 def check_hidden(dtype):
     """G3, G4: NaN in hidden slots changes no bit; all hidden is exactly 0; all shown is what no mask is."""
-    for width, slots in ((64, 330), (128, 513)):
+    for width, slots in ((64, 330), (128, 513), (64, 100), (128, 128)):
         case = case_of(dtype, slots=slots, tokens=130, width=width, masked=0.4)
         grad = cotangent(case)
         assert not differing(run(hidden_as(case, 0.0), grad), run(hidden_as(case, float("nan")), grad))
@@ -119,8 +114,8 @@ def check_values(dtype):
 
 def check_batch(dtype):
     """G7, G8: a row has the same bits alone, and a hundred times over."""
-    for width in (64, 128):
-        case = case_of(dtype, batch=40, heads=8, slots=520, tokens=333, width=width)
+    for width, slots, tokens in ((64, 520, 333), (128, 520, 333), (64, 128, 2500), (128, 96, 333)):
+        case = case_of(dtype, batch=40, heads=8, slots=slots, tokens=tokens, width=width)
         grad = cotangent(case)
         whole = run(case, grad).tensors()
         for row in (slice(0, 1), slice(17, 20), slice(39, 40)):
@@ -183,24 +178,36 @@ def check_large(dtype):
     return {}
 
 
+def check_thread(dtype):
+    """The first call of a thread, which has no context of the device yet: a tile map is not made without one."""
+    cuda = backends.implementation("memory_read", "cuda")
+    for slots in (100, 330):
+        case = case_of(dtype, slots=slots, tokens=70, width=64)
+        query, key, value = case.tensors.values()
+        grad, options, made = cotangent(case), (0.125, False), []
+        output, *saved = cuda.forward(query, key, value, None, *options, True)
+        saved = (output, *saved) if slots > cuda.ALONE else (None, saved[0], None)
+        calls = (
+            functools.partial(cuda.forward, query, key, value, None, *options, False),
+            functools.partial(cuda.backward, grad, query, key, value, None, *saved, *options),
+        )
+        for call in calls:
+            thread = threading.Thread(target=lambda call=call, made=made: made.append(call()))
+            thread.start()
+            thread.join()
+        assert len(made) == 2, f"M {slots}: a call raised"
+        assert same_bits(made[0][0], output) and all(map(same_bits, made[1], calls[1]())), f"M {slots}"
+    return {}
+
+
 def check_sanitizer(dtype):
-    """compute-sanitizer: memcheck, synccheck and racecheck of small calls."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).is_file():
-        return {"skipped": "no compute-sanitizer"}
-    found = {}
-    for check in ("memcheck", "synccheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "--small", str(dtype)[6:]]
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, f"{check}: {result.stdout[-1500:]}{result.stderr[-500:]}"
-        found[check] = result.stdout.strip().splitlines()[-1]
-    return found
+    return cuda_checks.sanitize(__file__, dtype)
 
 
 def small_calls(dtype):
     for width, masked in ((64, 0), (20, 0), (128, 0), (80, 0.3)):
-        run(case_of(dtype, batch=1, heads=2, slots=325, tokens=70, width=width, masked=masked))
+        for slots in (100, 325):
+            run(case_of(dtype, batch=1, heads=2, slots=slots, tokens=70, width=width, masked=masked))
 
 
 CHECKS = (
@@ -212,37 +219,10 @@ CHECKS = (
     check_graph,
     check_compiled,
     check_large,
+    check_thread,
     check_sanitizer,
 )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="directory of the JSON report")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="checks whose name contains a NAME")
-    parser.add_argument("--small", choices=[str(d)[6:] for d in DTYPES], help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.small:
-        return small_calls(getattr(torch, options.small))
-    if options.out is None:
-        parser.error("--out is required")
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": results}
-    for check in CHECKS:
-        for dtype in DTYPES:
-            name = f"{check.__name__.removeprefix('check_')} {str(dtype)[6:]}"
-            if not any(part in name for part in options.only):
-                continue
-            try:
-                results[name] = {"passed": True} | check(dtype)
-            except Exception as error:
-                results[name] = {"passed": False, "error": f"{type(error).__name__}: {error}"}
-                traceback.print_exc(limit=3)
-            print("passed" if results[name]["passed"] else "FAILED", name, results[name], flush=True)
-            (options.out / "memory_read_checks.json").write_text(json.dumps(report, indent=2) + "\n")
-    sys.exit(not all(result["passed"] for result in results.values()))
-
-
 if __name__ == "__main__":
-    main()
+    cuda_checks.main(__doc__, "memory_read_checks.json", CHECKS, small_calls)

@@ -151,6 +151,17 @@ __device__ __forceinline__ float4 load_shared4(uint32_t address) {
                : "memory");
   return value;
 }
+__device__ __forceinline__ float load_shared(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+__device__ __forceinline__ void store_shared2(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
 __device__ __forceinline__ void store_shared_zero(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
@@ -168,9 +179,30 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t*
                : "memory");
 }
 
+// The value, from which the compiler computes nothing ahead of a loop, to keep it in registers that are needed there.
+template <typename T>
+__device__ __forceinline__ T fresh(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Sums over the eight lanes that differ in their quad, of 16 values each: lane i gets those of values 2 (i / 4) and
+// 2 (i / 4) + 1.
+__device__ __forceinline__ float2 sum_over_lanes(const float (&value)[16]) {
+  const auto halve = [](float low, float high, int step) {
+    const bool upper = threadIdx.x & step;
+    return (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, step);
+  };
+  float eight[8], four[4];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) eight[i] = halve(value[i], value[i + 8], 16);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four[i] = halve(eight[i], eight[i + 4], 8);
+  return make_float2(halve(four[0], four[2], 4), halve(four[1], four[3], 4));
+}
+
 // Of four lanes with four words each: lane i gets the i-th word of every one.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
-  const int lane = threadIdx.x % 4;
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
 #pragma unroll
   for (int step = 1; step <= 2; step *= 2) {
 #pragma unroll
@@ -186,6 +218,60 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
+// In one access, which the compiler takes apart where it sees through a plain one.
+__device__ __forceinline__ void store_global(void* target, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_global(float* target, float x, float y) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
+}
+
+// Stores two rows, eight apart, of what a product gave: row r from target + r * step on where it is inside, as far as
+// channels reach; 0 where it is not shown. Of 32 channels in 16 bits each of four lanes has eight.
+struct TwoRows {
+  bool inside[2], shown[2] = {true, true};
+};
+template <typename T, int kCount>
+__device__ __forceinline__ void store_rows(T* target, int step, const TwoRows& rows, const float (&d)[kCount],
+                                           float scale, int channels) {
+  const int lane = fresh(threadIdx.x) % 4, channel = lane * 8;
+#pragma unroll
+  for (int c = 0; c < kCount / 16; ++c) {
+    uint32_t words[2][4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* two = d + (4 * c + i) * 4 + 2 * r;
+        words[r][i] = rows.shown[r] ? pack<T>(two[0] * scale, two[1] * scale) : 0;
+      }
+      transpose_quad(words[r], lane);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (rows.inside[r] && 32 * c + channel < channels) {
+        store_global(target + r * step + 32 * c + channel, words[r]);
+      }
+    }
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void store_rows(float* target, int step, const TwoRows& rows, const float (&d)[kCount],
+                                           float scale, int channels) {
+  const int channel = fresh(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float* row = target + r * step + channel;
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      if (!rows.inside[r] || 8 * j + channel >= channels) break;
+      store_global(row + 8 * j, d[4 * j + 2 * r] * scale, d[4 * j + 2 * r + 1] * scale);
+    }
+  }
+}
+
 // -- Registers -------------------------------------------------------------------------------------------------------
 
 template <int kRegisters>
@@ -195,13 +281,6 @@ __device__ __forceinline__ void take_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// The value, from which the compiler computes nothing ahead of a loop, to keep it in registers that are needed there.
-template <typename T>
-__device__ __forceinline__ T fresh(T value) {
-  asm volatile("" : "+r"(value));
-  return value;
 }
 
 // -- Matrix products of a warpgroup ----------------------------------------------------------------------------------

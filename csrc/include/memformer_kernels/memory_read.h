@@ -53,7 +53,7 @@ struct MemoryReadBackwardParams {
   int64_t value_stride[4];
   const uint8_t* slot_mask;  // [B, M], or null
   int64_t slot_mask_stride[2];
-  const void* output;       // [B, L, H, D]
+  const void* output;       // [B, L, H, D]; null, as the next and statistics, up to 128 slots
   const void* rounding;     // [B, L, H, D]
   const float* log_sum_exp;  // [B, H, L]
   float* statistics;        // [B, H, tiles of tokens, 2, tokens of a tile]: workspace

@@ -6,7 +6,8 @@
 // The slots stay on chip and the tokens stream past, in one pass of five products. A cluster of blocks holds the slots
 // of a head, 128 a block: their keys and values, and the sums of their gradients in registers. What the slots of one
 // block add to the query's gradient goes to the block of the cluster that adds up that part of the tile, always in the
-// order of the blocks: no atomics, no sum in global memory.
+// order of the blocks: no atomics, no sum in global memory. A block that holds all slots is alone: it has the query's
+// gradient whole, and takes delta from the weights, so that it needs no output.
 //
 // Of a block's three warpgroups one copies tiles into shared memory and two compute, each with 64 slots as the rows of
 // its products, s^T and ds^T, and add up in turns.
@@ -22,15 +23,17 @@ template <typename T_, int kWidth_, int kBlocks_>
 struct ReadBackwardTraits {
   using T = T_;
   static constexpr int kWidth = kWidth_;    // channels of a head's tile: 64 or 128
-  static constexpr int kBlocks = kBlocks_;  // of a cluster: 2, 3, 4, 6 or 8
+  static constexpr int kBlocks = kBlocks_;  // of a cluster: 1, 2, 3, 4, 6 or 8
+  static constexpr bool kAlone = kBlocks == 1;
+  static constexpr bool kGrouped = kBlocks == 8;  // more slots than the largest cluster holds, one group after the other
   static constexpr bool kWide = kWidth > 64;
   static constexpr int kGroups = 2;
   static constexpr int kSlots = kGroups * kGroupRows;
   static constexpr int kTokens = kMemoryReadBackwardTokens;
   static constexpr int kHeld = kWide ? 1 : 2;    // pairs of keys and values on chip: those of the next head too
-  static constexpr int kStages = kWide ? 2 : 3;  // tiles of tokens on their way
+  static constexpr int kStages = kWide && !kAlone ? 2 : 3;  // tiles of tokens on their way
   static constexpr int kScores = 2;              // tiles of ds
-  static constexpr int kParts = kWide ? 2 : 3;   // tiles of what blocks send each other
+  static constexpr int kParts = kAlone ? 0 : kWide ? 2 : 3;  // tiles of what blocks send each other
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Registers that a block starts with, of one thread of each group, and how the groups share them.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
@@ -42,7 +45,8 @@ struct ReadBackwardTraits {
   static constexpr int kSlotTile = kPanels * kSlotPanel;
   static constexpr int kTokenPanel = kTokens * kPanelRowBytes;
   static constexpr int kTokenTile = kPanels * kTokenPanel;
-  static constexpr int kStatistics = 2 * kTokens * 4;
+  static constexpr int kStatistics = (kAlone ? 1 : 2) * kTokens * 4;
+  static constexpr int kSums = kAlone ? (kGroups * kGroupThreads / kWarpSize + 1) * kTokens * 4 : 0;
   static constexpr int kScoreTile = kSlots * kTokens * 2;
   static_assert(kTokens * 2 == kPanelRowBytes, "a slot's ds of a tile is one row");
 
@@ -58,7 +62,7 @@ struct ReadBackwardTraits {
   }
   static constexpr int kBarriers = 2 * (kHeld + kStages + kScores + kParts);
   static constexpr int kShared = 1024 + 2 * kHeld * kSlotTile + kStages * (2 * kTokenTile + kStatistics) +
-                                 kScores * kScoreTile + kParts * kPartsTile + 8 * kBarriers;
+                                 kScores * kScoreTile + kParts * kPartsTile + kSums + 8 * kBarriers;
 };
 
 // Places in shared memory, as addresses; an index is a place in a ring.
@@ -72,7 +76,10 @@ struct ReadBackwardShared {
   __device__ uint32_t scores(int i) const { return grad(Traits::kStages) + i * Traits::kScoreTile; }  // ds^T
   __device__ uint32_t parts(int i) const { return scores(Traits::kScores) + i * Traits::kPartsTile; }
   __device__ uint32_t statistics(int i) const { return parts(Traits::kParts) + i * Traits::kStatistics; }
-  __device__ uint32_t held_full(int i) const { return statistics(Traits::kStages) + 8 * i; }
+  __device__ uint32_t sums(int warp) const {  // of delta, of each warp; then of all
+    return statistics(Traits::kStages) + warp * Traits::kTokens * 4;
+  }
+  __device__ uint32_t held_full(int i) const { return sums(0) + Traits::kSums + 8 * i; }
   __device__ uint32_t held_empty(int i) const { return held_full(Traits::kHeld + i); }
   __device__ uint32_t tokens_full(int i) const { return held_empty(Traits::kHeld + i); }
   __device__ uint32_t tokens_empty(int i) const { return tokens_full(Traits::kStages + i); }
@@ -144,12 +151,40 @@ __device__ __forceinline__ void read_backward_copy(const MemoryReadBackwardParam
     for (int t = item.tiles; t > 0; --t, stage.next()) {
       const uint32_t full = shared.tokens_full(stage.place);
       barrier_wait(shared.tokens_empty(stage.place), stage.parity ^ 1);
-      barrier_arrive_expecting(full, 2 * Traits::kTokenTile + Traits::kStatistics);
+      barrier_arrive_expecting(full, 2 * Traits::kTokenTile + (Traits::kAlone ? 0 : Traits::kStatistics));
       copy(shared.query(stage.place), Traits::kTokenPanel, query_map, full, token);
       copy(shared.grad(stage.place), Traits::kTokenPanel, grad_map, full, token);
-      copy_bytes(shared.statistics(stage.place), statistics, Traits::kStatistics, full);
+      if constexpr (!Traits::kAlone) {
+        copy_bytes(shared.statistics(stage.place), statistics, Traits::kStatistics, full);
+      }
       token += kTokens;
       statistics += 2 * kTokens;
+    }
+  }
+}
+
+// The log-sum-exps of the tiles, which lie anywhere, by one warp; past the end what makes weights of 0.
+template <typename Traits>
+__device__ __forceinline__ void read_backward_copy_log_sum_exp(const MemoryReadBackwardParams& params,
+                                                               const ReadBackwardWork& work,
+                                                               ReadBackwardShared<Traits> shared) {
+  static_assert(Traits::kTokens == 2 * kWarpSize);
+  const int lane = threadIdx.x % kWarpSize;
+  Ring<Traits::kStages> stage;
+  for (ReadBackwardStep step; step.inside(work); step.next(work)) {
+    const ReadBackwardItem item = read_backward_item<Traits>(params, work, step);
+    const int64_t first = (item.batch * params.H + item.head) * params.L + item.first_token;
+    int left = static_cast<int>(params.L) - item.first_token;
+    const float* from = params.log_sum_exp + first;
+#pragma unroll 1
+    for (int t = item.tiles; t > 0; --t, stage.next(), left -= Traits::kTokens, from += Traits::kTokens) {
+      const float low = lane < left ? from[lane] : INFINITY;
+      const float high = lane + kWarpSize < left ? from[lane + kWarpSize] : INFINITY;
+      barrier_wait(shared.tokens_empty(stage.place), stage.parity ^ 1);
+      store_shared(shared.statistics(stage.place) + lane * 4, low);
+      store_shared(shared.statistics(stage.place) + (lane + kWarpSize) * 4, high);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(shared.tokens_full(stage.place));
     }
   }
 }
@@ -177,7 +212,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
   Ring<Traits::kHeld> held;
   Ring<Traits::kStages> stage;
   Ring<Traits::kScores> stored, multiplied;  // of ds
-  Ring<Traits::kParts> sent, added;          // of what blocks send each other
+  Ring<Traits::kAlone ? 1 : Traits::kParts> sent, added;  // of what blocks send each other
 
   // d: the rows of this group's slots times those of a tile of tokens.
   const auto issue_against = [&](float(&d)[kTokens / 2], const uint32_t* rows, uint32_t rows_tile, uint32_t tokens) {
@@ -252,13 +287,12 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
   struct Rows {       // of the query's gradient, from a tile on
     int64_t element;  // of the first
     int count;
-    int group;        // of slots
-    int turn;         // which of the two adds the tile up: the same one, whatever the group of slots
+    int turn;         // twice the group of slots, and which of the two adds the tile up: the same one in every group
   };
   // This block's units of a tile, of all blocks of the cluster, by the group whose turn it is.
   const auto add_up = [&](const Rows& of) {
     const uint32_t full = shared.parts_full(added.place);
-    if (of.turn == group) {
+    if (of.turn % 2 == group) {
       const int row_size = static_cast<int>(params.H) * params.D, half = warp % 2, at_lane = fresh(lane);
       barrier_wait(full, added.parity);
 #pragma unroll
@@ -271,8 +305,10 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
         const int64_t at = (of.element + (row * row_size + channel)) / 2, at_below = at + 4 * row_size;
         float2* carry = reinterpret_cast<float2*>(params.carry);
         float2 sum[2] = {};
-        if (of.group > 0 && inside) sum[0] = carry[at];
-        if (of.group > 0 && below) sum[1] = carry[at_below];
+        if (Traits::kGrouped && of.turn > 1) {
+          if (inside) sum[0] = carry[at];
+          if (below) sum[1] = carry[at_below];
+        }
         const uint32_t from = shared.parts(added.place) + own * Traits::kBlocks * Traits::kUnitBytes +
                               (half * kWarpSize + at_lane) * 16;
         constexpr int kAtATime = Traits::kBlocks % 4 == 0 ? 4 : Traits::kBlocks == 2 ? 2 : 3;  // registers are few
@@ -286,7 +322,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
             sum[0].x += part[j].x, sum[0].y += part[j].y, sum[1].x += part[j].z, sum[1].y += part[j].w;
           }
         }
-        if (of.group == work.groups - 1) {
+        if (!Traits::kGrouped || of.turn / 2 == work.groups - 1) {
           uint32_t* target = static_cast<uint32_t*>(params.grad_query);
           if (inside) target[at] = pack<T>(sum[0].x * params.scale, sum[0].y * params.scale);
           if (below) target[at_below] = pack<T>(sum[1].x * params.scale, sum[1].y * params.scale);
@@ -300,6 +336,14 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
       if (lane < Traits::kBlocks) cluster_barrier_arrive(cluster_address(shared.parts_empty(added.place), lane));
     }
     added.next();
+  };
+
+  const auto store_grad_query = [&](const Rows& of) {
+    const int row_size = static_cast<int>(params.H) * params.D;
+    const int row = warp * 16 + fresh(lane) / 4, first = group * kWidth / 2;
+    T* target = static_cast<T*>(params.grad_query) + of.element + row * row_size + first;
+    const TwoRows rows{{row < of.count, row + 8 < of.count}};
+    store_rows(target, 8 * row_size, rows, grad_query, params.scale, params.D - first);
   };
 
   const int M = static_cast<int>(params.M);
@@ -329,8 +373,34 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
 #pragma unroll
     for (int i = 0; i < kTokens / 4; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
   };
+  // delta of the tile, of which this thread has two slots: added up over the lanes that have others, each of which ends
+  // with two tokens, then over the warps.
+  const auto add_up_delta = [&] {
+    constexpr int kWarps = kGroupCount * kGroupThreads / kWarpSize, kColumns = kTokens / 4;
+    const int at_lane = fresh(lane), at_warp = group * 4 + warp;
+    float sum[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int at = i / 2 * 4 + i % 2;
+      sum[i] = s[at] * dp[at] + s[at + 2] * dp[at + 2];
+    }
+    const float2 two = sum_over_lanes(sum);
+    store_shared2(shared.sums(at_warp) + at_lane * 8, two.x, two.y);
+    named_barrier_sync(1, kThreads);
+    static_assert(kWarps == 8 && kTokens == 8 * kWarps, "each warp takes 8 tokens, and a lane two of the warps' sums");
+    const uint32_t token = (at_warp * 8 + at_lane % 8) * 4;
+    float total = load_shared(shared.sums(at_lane / 8) + token) + load_shared(shared.sums(at_lane / 8 + 4) + token);
+    total += __shfl_xor_sync(0xffffffffu, total, 8);
+    total += __shfl_xor_sync(0xffffffffu, total, 16);
+    if (at_lane < 8) store_shared(shared.sums(kWarps) + token, total);
+    named_barrier_sync(1, kThreads);
+  };
   const auto differentiate = [&] {
-    const uint32_t delta = shared.statistics(stage.place) + kTokens * 4 + lane % 4 * 8;
+    uint32_t delta = shared.statistics(stage.place) + kTokens * 4 + lane % 4 * 8;
+    if constexpr (Traits::kAlone) {
+      add_up_delta();
+      delta = shared.sums(kThreads / kWarpSize) + lane % 4 * 8;
+    }
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
       const float2 of = load_shared2(delta + j * 32);
@@ -345,23 +415,18 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
     for (int i = 0; i < kTokens / 4; ++i) ds[i] = pack<T>(dp[2 * i], dp[2 * i + 1]);
   };
   ReadBackwardStep item;
-  const auto store = [&](void* target, const float(&sums)[kWidth / 2], float scale) {
+  // The gradients of the slots' keys and values, or with several chunks this one's parts of them.
+  const auto store_grad_slots = [&] {
     const ReadBackwardItem at = read_backward_item<Traits>(params, work, item);
-    const int64_t first = ((at.chunk * params.B + at.batch) * params.M * params.H + at.head) * params.D;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int slot = slot_of(r), channel = fresh(lane) % 4 * 2;
-      const int64_t element = first + slot * params.H * params.D + channel;
-#pragma unroll
-      for (int j = 0; j < kWidth / 8; ++j) {
-        if (slot >= M || 8 * j + channel >= params.D) break;
-        const float low = sums[4 * j + 2 * r] * scale, high = sums[4 * j + 2 * r + 1] * scale;
-        if (work.chunks == 1) {
-          *reinterpret_cast<uint32_t*>(static_cast<T*>(target) + element + 8 * j) = pack<T>(low, high);
-        } else {
-          *reinterpret_cast<float2*>(static_cast<float*>(target) + element + 8 * j) = make_float2(low, high);
-        }
-      }
+    const int row_size = static_cast<int>(params.H) * params.D, slot = slot_of(0);
+    const int64_t first = ((at.chunk * params.B + at.batch) * params.M + slot) * row_size + at.head * params.D;
+    const TwoRows rows{{slot < M, slot + 8 < M}};
+    if (work.chunks == 1) {
+      store_rows(static_cast<T*>(params.grad_key) + first, 8 * row_size, rows, grad_key, params.scale, params.D);
+      store_rows(static_cast<T*>(params.grad_value) + first, 8 * row_size, rows, grad_value, 1.0f, params.D);
+    } else {
+      store_rows(static_cast<float*>(params.grad_key) + first, 8 * row_size, rows, grad_key, params.scale, params.D);
+      store_rows(static_cast<float*>(params.grad_value) + first, 8 * row_size, rows, grad_value, 1.0f, params.D);
     }
   };
 
@@ -403,7 +468,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
     first_slot = of.first_slot;
     take_slots(of.batch);
     left = {((of.batch * params.L + of.first_token) * params.H + of.head) * params.D,
-            static_cast<int>(params.L) - of.first_token, item.group, 0};
+            static_cast<int>(params.L) - of.first_token, 2 * item.group};
     return of.tiles;
   };
   int tiles = take();  // of tokens, that are left
@@ -435,9 +500,13 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
     const auto finish_grad_query = [&] {
       if (elected) barrier_arrive(shared.scores_empty(multiplied.place));
       multiplied.next();
-      send_grad_query();
-      if (waiting.count > 0) add_up(waiting);
-      waiting = ready;
+      if constexpr (Traits::kAlone) {
+        store_grad_query(ready);
+      } else {
+        send_grad_query();
+        if (waiting.count > 0) add_up(waiting);
+        waiting = ready;
+      }
     };
     const uint32_t tokens_empty = shared.tokens_empty(stage.place), held_empty = shared.held_empty(held.place);
     stage.next();
@@ -454,14 +523,13 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
       product_fence();
       issue_grad_query();
       product_commit();
-      store(params.grad_key, grad_key, params.scale);
-      store(params.grad_value, grad_value, 1.0f);
       if constexpr (Traits::kHeld == 1) {
         product_wait<0>();
         pin(grad_query);
         finish_grad_query();
         if (elected) barrier_arrive(held_empty);
       }
+      store_grad_slots();
       held.next();
       item.next(work);
       more = item.inside(work);
@@ -486,7 +554,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
     adds = !last;
   }
   product_wait<0>();
-  add_up(waiting);
+  if constexpr (!Traits::kAlone) add_up(waiting);
 }
 
 template <typename Traits>
@@ -507,7 +575,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       barrier_init(shared.held_empty(i), kReaders);
     }
     for (int i = 0; i < Traits::kStages; ++i) {
-      barrier_init(shared.tokens_full(i), 1);
+      barrier_init(shared.tokens_full(i), Traits::kAlone ? 2 : 1);
       barrier_init(shared.tokens_empty(i), kReaders);
     }
     for (int i = 0; i < Traits::kScores; ++i) {
@@ -530,6 +598,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     give_registers<Traits::kCopyRegisters>();
     if (threadIdx.x == 0) {
       read_backward_copy<Traits>(params, work, grad_map, query_map, key_map, value_map, shared);
+    }
+    if constexpr (Traits::kAlone) {
+      if (threadIdx.x / kWarpSize == 1) read_backward_copy_log_sum_exp<Traits>(params, work, shared);
     }
   } else {
     take_registers<Traits::kComputeRegisters>();

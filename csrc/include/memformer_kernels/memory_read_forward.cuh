@@ -263,7 +263,7 @@ __device__ __forceinline__ void read_forward_compute(const MemoryReadForwardPara
       }
       const int64_t offset = ((at.batch * params.L + row) * params.H + at.head) * params.D;
       const auto store_words = [&](void* target, int block, uint32_t(&words)[4]) {
-        transpose_quad(words);
+        transpose_quad(words, lane % 4);
         const int channel = (4 * block + lane % 4) * 8;
         if (row >= params.L || channel >= params.D) return;
         T* to = static_cast<T*>(target) + offset + channel;

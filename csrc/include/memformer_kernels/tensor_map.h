@@ -24,7 +24,8 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// Of [B, H, rows, D] in 16 bits, in boxes of so many rows and 64 channels, swizzled by 128 bytes.
+// Of [B, H, rows, D] in 16 bits, in boxes of so many rows and 64 channels, swizzled by 128 bytes. The driver refuses it
+// in a thread that has no context yet: call the runtime before, which binds one.
 inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&stride)[4],
                                    int64_t B, int64_t H, int64_t rows, int64_t D, int box_rows) {
   const EncodeTiled encode = encode_tiled();

@@ -10,9 +10,10 @@ from memformer_kernels.ops.precision import wide_dtype
 
 
 def _fake_forward(query, key, value, slot_mask, scale, allow_tf32, save, backend):
-    saved = save and backends.implementation("memory_read", backend).saves_log_sum_exp(query, key)
+    saves_log_sum_exp, saves_output = backends.implementation("memory_read", backend).saves(query, key)
+    saved = save and saves_log_sum_exp
     log_sum_exp = query.new_empty(query.shape[:3], dtype=wide_dtype(query)) if saved else query.new_empty(0)
-    rounds = saved and query.dtype != torch.float32
+    rounds = save and saves_output and query.dtype != torch.float32
     rounding = new_per_head(query, query.shape[2]) if rounds else query.new_empty(0)
     return new_per_head(query, query.shape[2]), log_sum_exp, rounding
 
@@ -36,9 +37,9 @@ class MemoryRead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, slot_mask, scale, allow_tf32, backend):
         output, log_sum_exp, rounding = _forward(query, key, value, slot_mask, scale, allow_tf32, True, backend)
-        saves = log_sum_exp is not None and log_sum_exp.dim() == 3
-        saved = (output, log_sum_exp, rounding) if saves else (None, None, None)
-        ctx.save_for_backward(query, key, value, slot_mask, *saved)
+        saves_log_sum_exp, saves_output = backends.implementation("memory_read", backend).saves(query, key)
+        saved = log_sum_exp if saves_log_sum_exp else None, *((output, rounding) if saves_output else (None, None))
+        ctx.save_for_backward(query, key, value, slot_mask, saved[1], saved[0], saved[2])
         ctx.options = scale, allow_tf32, backend
         return output
 

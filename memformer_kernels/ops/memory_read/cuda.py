@@ -9,17 +9,22 @@ from torch import Tensor
 from memformer_kernels import _extension, tiles
 from memformer_kernels.compiling import constant
 from memformer_kernels.ops.memory_read import triton
-from memformer_kernels.ops.memory_read.triton import saves_log_sum_exp  # noqa: F401
 from memformer_kernels.ops.per_head import as_new_per_head, new_per_head
 from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import LOG2_E
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # names in the module
 ARCHITECTURE = 90  # and compiled for 90a: TMA and the matrix products of warpgroups are Hopper's alone
-LEAST_SLOTS = 129
+LEAST_SLOTS = 65
+ALONE = 128  # slots that one block of the backward holds: it needs no output
 LEAST_SLOTS_FORWARD = 321  # for fewer, the forward is Triton's
 VECTOR = 8  # elements of 16 bytes
 CHUNK = 8192  # tokens that one sum is over in the backward: one row of that many keeps a GPU busy
+
+
+def saves(query: Tensor, key: Tensor) -> tuple[bool, bool]:
+    """Whether the backward needs the log-sum-exp, and output and rounding."""
+    return True, key.shape[2] > ALONE
 
 
 def unsupported_reason(
@@ -38,11 +43,11 @@ def unsupported_reason(
     limit = _extension.load().memory_read_max_channels
     if query.shape[3] > limit:
         return f"query must have at most {limit} channels a head, got {query.shape[3]}"
-    return _unsupported_device(query.device.index)
+    return unsupported_device(query.device.index)
 
 
 @constant  # to `torch.compile`, which looks through a cache
-def _unsupported_device(index: int) -> str | None:
+def unsupported_device(index: int) -> str | None:
     compiled_for = _extension.load().architectures
     if tiles.architecture(torch.device("cuda", index)) == ARCHITECTURE and "90a" in compiled_for.split(";"):
         return None
@@ -55,7 +60,8 @@ def forward(
     """`(output, log_sum_exp, rounding)`, as Triton's: the same function, in other tiles."""
     B, H, L, D = query.shape
     if key.shape[2] < LEAST_SLOTS_FORWARD:
-        return triton.forward(query, key, value, slot_mask, scale, allow_tf32, save)
+        alone = key.shape[2] <= ALONE
+        return triton.forward(query, key, value, slot_mask, scale, allow_tf32, save, saves_log_sum_exp=alone)
     output, log_sum_exp, rounding = new_per_head(query, L), None, None
     if save:
         log_sum_exp, rounding = query.new_empty((B, H, L), dtype=torch.float32), new_per_head(query, L)
@@ -94,9 +100,9 @@ def backward(
     key: Tensor,
     value: Tensor,
     slot_mask: Tensor | None,
-    output: Tensor,
+    output: Tensor | None,
     log_sum_exp: Tensor,
-    rounding: Tensor,
+    rounding: Tensor | None,
     scale: float,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,17 +112,19 @@ def backward(
     slots = key.shape[2]
     if query.numel() == 0:
         return new_per_head(query, L), new_per_head(key, slots).zero_(), new_per_head(key, slots).zero_()
-    grad, query, key, value, output, rounding = map(_in_vectors, (grad, query, key, value, output, rounding))
+    grad, query, key, value = map(in_vectors, (grad, query, key, value))
     extension = _extension.load()
-    tokens = extension.memory_read_backward_tokens
-    tiles_of_tokens = -(-L // tokens)
-    statistics = query.new_empty((B * H * tiles_of_tokens, 2, tokens), dtype=torch.float32)
-    carry = None
+    statistics = carry = None
+    chunk = tiles.token_chunk(L, ALONE)
+    if slots > ALONE:
+        output, rounding, chunk = in_vectors(output), in_vectors(rounding), CHUNK
+        tokens = extension.memory_read_backward_tokens
+        statistics = query.new_empty((B * H * -(-L // tokens), 2, tokens), dtype=torch.float32)
     if slots > extension.memory_read_backward_slots:
         carry = query.new_empty(query.numel(), dtype=torch.float32)
     grad_query, grad_key, grad_value = new_per_head(query, L), new_per_head(key, slots), new_per_head(key, slots)
     sums = grad_key, grad_value
-    chunks = -(-L // CHUNK)
+    chunks = -(-L // chunk)
     if chunks > 1:
         sums = key.new_empty((2, chunks, grad_key.numel()), dtype=torch.float32).unbind()
     with _extension.on_device(query.device):
@@ -132,11 +140,7 @@ def backward(
             value.stride(),
             0 if slot_mask is None else slot_mask.data_ptr(),
             (0, 0) if slot_mask is None else slot_mask.stride(),
-            output.data_ptr(),
-            rounding.data_ptr(),
-            log_sum_exp.data_ptr(),
-            statistics.data_ptr(),
-            0 if carry is None else carry.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (output, rounding, log_sum_exp, statistics, carry)),
             grad_query.data_ptr(),
             *(total.data_ptr() for total in sums),
             B,
@@ -144,7 +148,7 @@ def backward(
             L,
             slots,
             query.shape[3],
-            CHUNK,
+            chunk,
             scale,
             scale * LOG2_E,
             torch._C._cuda_getCurrentRawStream(query.device.index),
@@ -158,7 +162,7 @@ def backward(
     return tuple(as_new_per_head(t[..., :D]) for t in (grad_query, grad_key, grad_value))
 
 
-def _in_vectors(tensor: Tensor) -> Tensor:
+def in_vectors(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy that TMA can copy, of rows padded with 0 to whole vectors."""
     *sizes, D = tensor.shape
     *strides, step = tensor.stride()

@@ -25,9 +25,9 @@ def memory_read(
     return (weights @ wide(value)).to(query.dtype)
 
 
-def saves_log_sum_exp(query: Tensor, key: Tensor) -> bool:
-    """Whether `forward` returns a log-sum-exp and `backward` takes it: never, the softmax is computed anew."""
-    return False
+def saves(query: Tensor, key: Tensor) -> tuple[bool, bool]:
+    """Whether `backward` takes the log-sum-exp, and output and rounding, from `forward`: the softmax is made anew."""
+    return False, False
 
 
 def forward(

@@ -31,10 +31,11 @@ def unsupported_reason(
     )
 
 
-def saves_log_sum_exp(query: Tensor, key: Tensor) -> bool:
-    """Whether the backward needs output and log-sum-exp: not where all slots fit one tile."""
+def saves(query: Tensor, key: Tensor) -> tuple[bool, bool]:
+    """Whether the backward needs the log-sum-exp, and the output: neither where all slots fit one tile."""
     slots = key.shape[2]
-    return tiles.slot_tile(slots, query.dtype.itemsize, tiles.head_block(query.shape[-1]), query.device) < slots
+    several = tiles.slot_tile(slots, query.dtype.itemsize, tiles.head_block(query.shape[-1]), query.device) < slots
+    return several, several
 
 
 def _strides(mask: Tensor | None) -> tuple[int, int] | None:
@@ -68,8 +69,9 @@ def _forward_plan(
     allow_tf32,
     aligned,
     save,
+    log_sum_exp,
 ) -> tuple[bool, bool, launch.Launcher]:
-    """`(whether log_sum_exp and rounding are saved, whether the kernel takes them, launcher)`."""
+    """`(whether log_sum_exp and rounding are saved, whether the kernel takes the second, launcher)`."""
     B, H, L, D = shape
     block_d = tiles.head_block(D)
     block_m = tiles.slot_tile(slots, dtype.itemsize, block_d, device)
@@ -105,25 +107,32 @@ def _forward_plan(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float, allow_tf32: bool, save: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mask: Tensor | None,
+    scale: float,
+    allow_tf32: bool,
+    save: bool,
+    *,
+    saves_log_sum_exp: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(output, log_sum_exp, rounding)`: [B, H, L, D]; [B, H, L] in float32; [B, H, L, D]: what the rounding of the
-    output took away. The last two are None where the backward needs none."""
+    output took away. The last two are None where the backward here needs none; with `saves_log_sum_exp` the first of
+    them is always saved."""
     shape, slots = query.shape, key.shape[2]
     strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
     aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16 == 0
-    options = scale, allow_tf32, aligned, save
-    saves, with_statistics, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, *options)
+    options = scale, allow_tf32, aligned, save, save and saves_log_sum_exp
+    saves, with_rounding, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, *options)
     output, log_sum_exp, rounding = new_per_head(query, shape[2]), None, None
-    if saves:
+    if saves or save and saves_log_sum_exp:
         log_sum_exp = query.new_empty(shape[:3], dtype=torch.float32)
-        rounding = new_per_head(query, shape[2]) if query.dtype != torch.float32 else None
+    if saves and query.dtype != torch.float32:
+        rounding = new_per_head(query, shape[2])
     if output.numel() == 0 or slots == 0:
         return output.zero_(), log_sum_exp, rounding
-    if with_statistics:
-        run(query, key, value, slot_mask, output, log_sum_exp, rounding)
-    else:
-        run(query, key, value, slot_mask, output)
+    run(query, key, value, slot_mask, output, log_sum_exp, *((rounding,) if with_rounding else ()))
     return output, log_sum_exp, rounding
 
 

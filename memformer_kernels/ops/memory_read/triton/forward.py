@@ -19,6 +19,7 @@ def _memory_read_forward_resident_kernel(
     value,  # [B, H, M, D]
     slot_mask,  # [B, M] or None
     output,  # [B, L, H, D], contiguous
+    log_sum_exp,  # [B, H, L] float32: of the scaled logits, over the scale; or None
     query_strides,
     key_strides,
     value_strides,
@@ -62,8 +63,15 @@ def _memory_read_forward_resident_kernel(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if not ALL_SLOTS:
             s = tl.where(visible[None, :], s, float("-inf"))
-        p = tl.exp2((s - tl.max(s, 1)[:, None]) * log2_scale)
-        inv_total = 1.0 / tl.sum(p, 1)
+        top = tl.max(s, 1)
+        p = tl.exp2((s - top[:, None]) * log2_scale)
+        total = tl.sum(p, 1)
+        if log_sum_exp is not None:
+            lse = top + tl.log2(total) / log2_scale
+            if not ALL_SLOTS:
+                lse = tl.where(seen, lse, 0.0)
+            tl.store(log_sum_exp + (batch * H + head) * L + tokens, lse, mask=tokens < L)
+        inv_total = 1.0 / total
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inv_total[:, None]
         if not ALL_SLOTS:
             out = tl.where(seen, out, 0.0)

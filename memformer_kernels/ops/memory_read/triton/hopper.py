@@ -56,6 +56,13 @@ def _weigh(logits, keep, top, total, scale, HIDES: gl.constexpr):
     return weights, new_top, total * shrink + gl.sum(weights, 1), shrink
 
 
+@gluon.jit
+def _store_rows(target, first, count, values):
+    """One value of each row from `first` on, of `count`."""
+    rows = first + gl.arange(0, values.shape[0], values.type.layout)
+    gl.store(target + rows, values, mask=rows < count)
+
+
 @gluon.jit(do_not_specialize=["L", "M", "H", "chunk"])
 def _memory_read_forward_hopper_kernel(
     query,  # [B, H, L, D]; this, key and value at unit channel stride, everything else a multiple of 16
@@ -106,6 +113,7 @@ def _memory_read_forward_hopper_kernel(
     output += ((batch * L + begin) * H + head) * D
     if log_sum_exp is not None:
         log_sum_exp += (batch * H + head) * L + begin
+    if rounding is not None:
         rounding += ((batch * L + begin) * H + head) * D
     if slot_mask is not None:
         slot_mask += batch * mask_strides[0]
@@ -173,8 +181,8 @@ def _memory_read_forward_hopper_kernel(
             lse = top + gl.log2(total) / log2_scale
             if HIDES:
                 lse = gl.where(seen > 0, lse, 0.0)
-            at = first + gl.arange(0, BLOCK_L, logit_rows)
-            gl.store(log_sum_exp + at, lse, mask=at < left)
+            else:  # here, or below beside the output: where it took less time
+                _store_rows(log_sum_exp, first, left, lse)
         keep = _visible(slot_mask, mask_strides[1], 0, M, BLOCK_M, logit_slots)
         p, top, total, shrink = _weigh(s, keep, lowest, nothing, log2_scale, HIDES)
         weights = gl.convert_layout(p.to(dtype), of_weights)
@@ -184,6 +192,9 @@ def _memory_read_forward_hopper_kernel(
             keep_rows = (first + rows < left)[:, None] & (channels < D)[None, :]
             offset = first.to(gl.int64) * (H * D)
             gl.store(output + offset + offsets, gl.convert_layout(rounded, stored), mask=keep_rows)
+            if log_sum_exp is not None:
+                if HIDES:
+                    _store_rows(log_sum_exp, first, left, lse)
             if rounding is not None:
                 if HIDES:  # as in `forward.py`: there the product is not fused with the difference
                     out = gl.where(seen > 0, out, 0.0)

@@ -1,0 +1,58 @@
+"""What the checks of the attention kernels in CUDA C++ share: their command, their report, compute-sanitizer."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def sanitize(program, dtype):
+    """compute-sanitizer: memcheck, synccheck and racecheck of the program's small calls."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).is_file():
+        return {"skipped": "no compute-sanitizer"}
+    found = {}
+    for check in ("memcheck", "synccheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, program, "--small", str(dtype)[6:]]
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, f"{check}: {result.stdout[-1500:]}{result.stderr[-500:]}"
+        found[check] = result.stdout.strip().splitlines()[-1]
+    return found
+
+
+def main(description, report_name, checks, small_calls):
+    """Runs each check in each dtype; the exit status is 1 if one failed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="directory of the JSON report")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="checks whose name contains a NAME")
+    parser.add_argument("--small", choices=[str(d)[6:] for d in DTYPES], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.small:
+        return small_calls(getattr(torch, options.small))
+    if options.out is None:
+        parser.error("--out is required")
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": results}
+    for check in checks:
+        for dtype in DTYPES:
+            name = f"{check.__name__.removeprefix('check_')} {str(dtype)[6:]}"
+            if not any(part in name for part in options.only):
+                continue
+            try:
+                results[name] = {"passed": True} | check(dtype)
+            except Exception as error:
+                results[name] = {"passed": False, "error": f"{type(error).__name__}: {error}"}
+                traceback.print_exc(limit=3)
+            print("passed" if results[name]["passed"] else "FAILED", name, results[name], flush=True)
+            (options.out / report_name).write_text(json.dumps(report, indent=2) + "\n")
+    sys.exit(not all(result["passed"] for result in results.values()))
