@@ -11,6 +11,7 @@
 
 #include "memformer_kernels/memory_forget.h"
 #include "memformer_kernels/memory_read.h"
+#include "memformer_kernels/memory_write.h"
 
 namespace py = pybind11;
 namespace mk = memformer_kernels;
@@ -149,6 +150,42 @@ void memory_read_backward(int dtype, Address grad_output, Stride4 grad_output_st
   check("memory_read_backward", mk::memory_read_backward(&params));
 }
 
+void memory_write_backward(int dtype, Address query, Stride4 query_stride, Address du, Stride4 du_stride, Address key,
+                           Stride4 key_stride, Address value, Stride4 value_stride, Address token_mask,
+                           Stride2 token_mask_stride, Address log_sum_exp, Address delta, Address partial,
+                           Address grad_key, Address grad_value, int64_t B, int64_t H, int64_t L, int64_t M, int D,
+                           int64_t chunk, float scale, float log2_scale, int multiprocessors, Address stream) {
+  const mk::MemoryWriteBackwardParams params{
+      .dtype = static_cast<mk::DType>(dtype),
+      .query = pointer(query),
+      .query_stride = {query_stride[0], query_stride[1], query_stride[2], query_stride[3]},
+      .du = pointer(du),
+      .du_stride = {du_stride[0], du_stride[1], du_stride[2], du_stride[3]},
+      .key = pointer(key),
+      .key_stride = {key_stride[0], key_stride[1], key_stride[2], key_stride[3]},
+      .value = pointer(value),
+      .value_stride = {value_stride[0], value_stride[1], value_stride[2], value_stride[3]},
+      .token_mask = pointer<const uint8_t>(token_mask),
+      .token_mask_stride = {token_mask_stride[0], token_mask_stride[1]},
+      .log_sum_exp = pointer<const float>(log_sum_exp),
+      .delta = pointer<const float>(delta),
+      .partial = pointer<float>(partial),
+      .grad_key = pointer(grad_key),
+      .grad_value = pointer(grad_value),
+      .B = B,
+      .H = H,
+      .L = L,
+      .M = M,
+      .D = D,
+      .chunk = chunk,
+      .scale = scale,
+      .log2_scale = log2_scale,
+      .multiprocessors = multiprocessors,
+      .stream = reinterpret_cast<cudaStream_t>(stream),
+  };
+  check("memory_write_backward", mk::memory_write_backward(&params));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -171,5 +208,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("memory_read_forward", memory_read_forward, release_gil);
   module.attr("memory_read_backward_tokens") = mk::kMemoryReadBackwardTokens;
   module.attr("memory_read_backward_slots") = mk::kMemoryReadBackwardSlots;
+  module.attr("memory_write_backward_slots") = mk::kMemoryWriteBackwardSlots;
+  module.def("memory_write_backward", memory_write_backward, release_gil);
   module.def("memory_read_backward", memory_read_backward, release_gil);
 }

@@ -22,6 +22,7 @@ def support() -> str:
     from memformer_kernels.ops.memory_forget import cuda as forget_cuda
     from memformer_kernels.ops.memory_forget import triton as forget
     from memformer_kernels.ops.memory_read import cuda as read
+    from memformer_kernels.ops.memory_write import cuda as write_cuda
     from memformer_kernels.ops.memory_write import triton as write
 
     header = (ROOT / "csrc/include/memformer_kernels/memory_forget.h").read_text()
@@ -35,9 +36,10 @@ def support() -> str:
         ("memory_write", "triton"): f"D up to {launch.MOST_CHANNELS}, C up to {write.MOST_CHANNELS}",
         ("memory_forget", "triton"): f"C up to {forget.MOST_CHANNELS}",
         ("memory_read", "cuda"): f"sm_90a, D up to {widest_read}, M from {read.LEAST_SLOTS}",
+        ("memory_write", "cuda"): f"sm_90a, D up to {widest_read}, M from {write_cuda.LEAST_SLOTS} to 128",
         ("memory_forget", "cuda"): f"C up to {widest}",
     }
-    cuda = {"memory_read": read.DTYPES, "memory_forget": forget_cuda.DTYPES}
+    cuda = {"memory_read": read.DTYPES, "memory_write": write_cuda.DTYPES, "memory_forget": forget_cuda.DTYPES}
     capability = ".".join(map(str, launch.LEAST_CAPABILITY))
     titles = ("op", "eager", f"Triton: compute capability {capability} and above", f"CUDA C++: {sm}")
     rows = []

@@ -152,6 +152,23 @@ def forward(
     return output, attended if save else None, log_sum_exp, own_weight, inv_norm
 
 
+def rows_stage(shape, grad_strides, query_strides, slots_strides, bias_strides, scale, eps):
+    """What of the backward belongs to a slot: `(groups of the batch, launcher)`."""
+    B, H, M, D = shape
+    groups, group = tiles.batch_groups(B)
+    strides = grad_strides, query_strides, slots_strides, bias_strides or (0, 0)
+    arguments = *strides, scale, 1 / eps, B, M, H, group, M * H * D
+    rows = launch.Launcher(_memory_write_backward_rows_kernel, groups * M, arguments, D=D, **tiles.heads_row(H, D))
+    return groups, rows
+
+
+def finish_stage(shape, own_key_strides, scale, part_scale, parts, group) -> launch.Launcher:
+    """The gradient of the query from its parts, so many of them a group."""
+    B, H, M, D = shape
+    arguments = own_key_strides, scale, part_scale, M, H, parts, group, B * M * H
+    return launch.Launcher(_memory_write_backward_query_kernel, B * M, arguments, D=D, **tiles.heads_row(H, D))
+
+
 @launch.planned
 def _backward_plan(
     shape,
@@ -174,18 +191,8 @@ def _backward_plan(
     B, H, M, D = shape
     itemsize, block_d = dtypes[0].itemsize, tiles.head_block(D)
     block_m = tiles.slot_tile(M, itemsize, block_d, device)
-    groups, group = tiles.batch_groups(B)
-    row = tiles.heads_row(H, D)
-    stages = {
-        "rows": launch.Launcher(
-            _memory_write_backward_rows_kernel,
-            groups * M,
-            (grad_strides, query_strides, slots_strides, bias_strides or (0, 0))
-            + (scale, 1 / eps, B, M, H, group, M * H * D),
-            D=D,
-            **row,
-        )
-    }
+    groups, rows = rows_stage(shape, grad_strides, query_strides, slots_strides, bias_strides, scale, eps)
+    stages = {"rows": rows}
     strides = key_strides, value_strides, mask_strides or (0, 0)
     scales = scale * LOG2_E, scale
     constants = {"D": D, "BLOCK_D": block_d, "PRECISION": "tf32" if allow_tf32 else "ieee"}
@@ -229,13 +236,8 @@ def _backward_plan(
             **config,
         )
     if several_tiles or not 0 < tokens <= chunk:
-        stages["finish"] = launch.Launcher(
-            _memory_write_backward_query_kernel,
-            B * M,
-            (own_key_strides, scale, 1.0 if several_tiles else scale, M, H, parts, group // at_once, B * M * H),
-            D=D,
-            **row,
-        )
+        part_scale = 1.0 if several_tiles else scale
+        stages["finish"] = finish_stage(shape, own_key_strides, scale, part_scale, parts, group // at_once)
     return groups, parts, stages
 
 

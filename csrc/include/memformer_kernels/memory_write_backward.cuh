@@ -1,0 +1,438 @@
+// memory_write, backward, on Hopper: the part that goes over the tokens.
+//
+//   w = exp(scale (s - lse))    s = query key^T    ds = w (du value^T - delta)
+//   grad_value = w^T du         grad_key = scale ds^T query     partial = ds key
+//
+// As in memory_read_backward.cuh a block holds the slots of a head, up to 128, and the tokens stream past; here the sum
+// that stays in registers is the query's, and a tile of tokens has two gradients of its own. Both need all slots: the
+// two groups hand each other their weights and ds through shared memory, and take half of the channels each.
+#pragma once
+
+#include "memformer_kernels/common.cuh"
+#include "memformer_kernels/hopper.cuh"
+#include "memformer_kernels/memory_write.h"
+
+namespace memformer_kernels {
+
+template <typename T_, int kWidth_>
+struct WriteBackwardTraits {
+  using T = T_;
+  static constexpr int kWidth = kWidth_;  // channels of a head's tile: 64 or 128
+  static constexpr bool kWide = kWidth > 64;
+  static constexpr int kGroups = 2;
+  static constexpr int kSlots = kGroups * kGroupRows;
+  static constexpr int kTokens = 64;
+  static constexpr int kHeld = kWide ? 1 : 2;    // pairs of queries and du on chip: those of the next head too
+  static constexpr int kStages = kWide ? 2 : 3;  // tiles of tokens on their way
+  static constexpr int kScores = 2;              // tiles of weights and ds
+  static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
+  static constexpr int kCopyRegisters = kWide ? 24 : 40;
+  static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
+
+  static constexpr int kPanels = kWidth / kPanelColumns;
+  static constexpr int kSlotPanel = kSlots * kPanelRowBytes;
+  static constexpr int kSlotTile = kPanels * kSlotPanel;
+  static constexpr int kTokenPanel = kTokens * kPanelRowBytes;
+  static constexpr int kTokenTile = kPanels * kTokenPanel;
+  static constexpr int kScoreTile = kSlots * kTokens * 2;
+  static_assert(kTokens * 2 == kPanelRowBytes && kSlots == kMemoryWriteBackwardSlots);
+  static constexpr int kBarriers = 2 * (kHeld + kStages + kScores);
+  static constexpr int kShared = 1024 + 2 * kHeld * kSlotTile + kStages * (2 * kTokenTile + 8) +
+                                 kScores * 2 * kScoreTile + 8 * kBarriers;
+};
+
+// Places in shared memory, as addresses; an index is a place in a ring.
+template <typename Traits>
+struct WriteBackwardShared {
+  uint32_t base;
+  __device__ uint32_t query(int i) const { return base + i * Traits::kSlotTile; }
+  __device__ uint32_t du(int i) const { return query(Traits::kHeld + i); }
+  __device__ uint32_t key(int i) const { return du(Traits::kHeld) + i * Traits::kTokenTile; }
+  __device__ uint32_t value(int i) const { return key(Traits::kStages + i); }
+  __device__ uint32_t weights(int i) const { return value(Traits::kStages) + i * Traits::kScoreTile; }  // w^T
+  __device__ uint32_t scores(int i) const { return weights(Traits::kScores + i); }                      // ds^T
+  __device__ uint32_t visible(int i) const { return scores(Traits::kScores) + 8 * i; }  // tokens, a bit for each
+  __device__ uint32_t held_full(int i) const { return visible(Traits::kStages + i); }
+  __device__ uint32_t held_empty(int i) const { return held_full(Traits::kHeld + i); }
+  __device__ uint32_t tokens_full(int i) const { return held_empty(Traits::kHeld + i); }
+  __device__ uint32_t tokens_empty(int i) const { return tokens_full(Traits::kStages + i); }
+  __device__ uint32_t scores_full(int i) const { return tokens_empty(Traits::kStages + i); }
+  __device__ uint32_t scores_empty(int i) const { return scores_full(Traits::kScores + i); }
+};
+
+// A part: a chunk of a head's tokens.
+struct WriteBackwardItem {
+  int batch, head, chunk, first_token, tiles;
+};
+
+template <typename Traits>
+__device__ __forceinline__ WriteBackwardItem write_backward_item(const MemoryWriteBackwardParams& params, int chunks,
+                                                                 int part) {
+  const int head = part / chunks, chunk = part % chunks, H = static_cast<int>(params.H);
+  const int size = static_cast<int>(params.chunk), first = chunk * size, left = static_cast<int>(params.L) - first;
+  return {head / H, head % H, chunk, first, ceil_div(left < size ? left : size, Traits::kTokens)};
+}
+
+template <typename Traits>
+__device__ __forceinline__ void write_backward_copy(const MemoryWriteBackwardParams& params, int parts, int chunks,
+                                                    const CUtensorMap& query_map, const CUtensorMap& du_map,
+                                                    const CUtensorMap& key_map, const CUtensorMap& value_map,
+                                                    WriteBackwardShared<Traits> shared) {
+  Ring<Traits::kHeld> held;
+  Ring<Traits::kStages> stage;
+  for (int part = blockIdx.x; part < parts; part += gridDim.x, held.next()) {
+    const WriteBackwardItem item = write_backward_item<Traits>(params, chunks, part);
+    // Loops that are not unrolled: registers are few.
+    const auto copy = [&](uint32_t target, int panel_bytes, const CUtensorMap& map, uint32_t full, int row) {
+#pragma unroll 1
+      for (int channel = 0; channel < Traits::kWidth; channel += kPanelColumns, target += panel_bytes) {
+        copy_tile(target, &map, full, channel, row, item.head, item.batch);
+      }
+    };
+    const uint32_t held_full = shared.held_full(held.place);
+    barrier_wait(shared.held_empty(held.place), held.parity ^ 1);
+    barrier_arrive_expecting(held_full, 2 * Traits::kSlotTile);
+    copy(shared.query(held.place), Traits::kSlotPanel, query_map, held_full, 0);
+    copy(shared.du(held.place), Traits::kSlotPanel, du_map, held_full, 0);
+    int token = item.first_token;
+#pragma unroll 1
+    for (int t = item.tiles; t > 0; --t, stage.next(), token += Traits::kTokens) {
+      const uint32_t full = shared.tokens_full(stage.place);
+      barrier_wait(shared.tokens_empty(stage.place), stage.parity ^ 1);
+      barrier_arrive_expecting(full, 2 * Traits::kTokenTile);
+      copy(shared.key(stage.place), Traits::kTokenPanel, key_map, full, token);
+      copy(shared.value(stage.place), Traits::kTokenPanel, value_map, full, token);
+    }
+  }
+}
+
+// Which tokens of a tile are visible, by one warp.
+template <typename Traits>
+__device__ __forceinline__ void write_backward_copy_mask(const MemoryWriteBackwardParams& params, int parts, int chunks,
+                                                         WriteBackwardShared<Traits> shared) {
+  static_assert(Traits::kTokens == 2 * kWarpSize);
+  const int lane = threadIdx.x % kWarpSize, L = static_cast<int>(params.L);
+  Ring<Traits::kStages> stage;
+  for (int part = blockIdx.x; part < parts; part += gridDim.x) {
+    const WriteBackwardItem item = write_backward_item<Traits>(params, chunks, part);
+    const uint8_t* mask = params.token_mask;
+    if (mask != nullptr) mask += item.batch * params.token_mask_stride[0];
+    int token = item.first_token + lane;
+#pragma unroll 1
+    for (int t = item.tiles; t > 0; --t, stage.next(), token += Traits::kTokens) {
+      const auto is_visible = [&](int at) {
+        return at < L && (mask == nullptr || mask[at * params.token_mask_stride[1]]);
+      };
+      const uint32_t low = __ballot_sync(0xffffffffu, is_visible(token));
+      const uint32_t high = __ballot_sync(0xffffffffu, is_visible(token + kWarpSize));
+      barrier_wait(shared.tokens_empty(stage.place), stage.parity ^ 1);
+      if (lane == 0) {
+        store_shared2(shared.visible(stage.place), __uint_as_float(low), __uint_as_float(high));
+        barrier_arrive(shared.tokens_full(stage.place));
+      }
+      __syncwarp();
+    }
+  }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void write_backward_compute(const MemoryWriteBackwardParams& params, int parts, int chunks,
+                                                       WriteBackwardShared<Traits> shared, int group) {
+  using T = typename Traits::T;
+  constexpr int kWidth = Traits::kWidth, kTokens = Traits::kTokens;
+  constexpr int kWidthSteps = kWidth / 16, kTokenSteps = kTokens / 16, kSlotSteps = Traits::kSlots / 16;
+  constexpr int kThreads = Traits::kGroups * kGroupThreads;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize % 4, 0);
+  const bool elected = lane == 0;
+  const float log2_scale = params.log2_scale;
+  const int group_offset = group * kGroupRows * kPanelRowBytes, M = static_cast<int>(params.M);
+
+  float s[kTokens / 2], dp[kTokens / 2];  // [slots, tokens]: logits, then weights; their gradients
+  uint32_t ds[kTokens / 4];               // rounded
+  float grad_query[kWidth / 2];
+  float grad_key[kWidth / 4], grad_value[kWidth / 4];  // of this group's half of the channels
+  uint32_t query[Traits::kWide ? 1 : kWidth / 4], du[Traits::kWide ? 1 : kWidth / 4];  // narrow heads' stay here
+  float log_sum_exp[2], delta[2];                      // of this thread's slots
+
+  Ring<Traits::kHeld> held;
+  Ring<Traits::kStages> stage;
+  Ring<Traits::kScores> stored, multiplied;
+
+  // d: the rows of this group's slots times those of a tile of tokens.
+  const auto issue_against = [&](float(&d)[kTokens / 2], const uint32_t* rows, uint32_t rows_tile, uint32_t tokens) {
+    const uint64_t b = tile_descriptor(tokens, 0);
+    if constexpr (Traits::kWide) {
+      const uint64_t a = tile_descriptor(fresh(rows_tile) + group_offset, 0);
+#pragma unroll
+      for (int k = 0; k < kWidthSteps; ++k) {
+        const int panel = k / 4, inside = k % 4 * 32;
+        product<T, kAlongSum, kAlongSum>(d, a + ((panel * Traits::kSlotPanel + inside) >> 4),
+                                         b + ((panel * Traits::kTokenPanel + inside) >> 4), k > 0);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWidthSteps; ++k) product<T, kAlongSum>(d, rows + 4 * k, b + (k * 32 >> 4), k > 0);
+    }
+    product_commit();
+  };
+  const auto issue_logits = [&] { issue_against(s, query, shared.query(held.place), shared.key(stage.place)); };
+  const auto issue_weights_grad = [&] { issue_against(dp, du, shared.du(held.place), shared.value(stage.place)); };
+  const auto issue_grad_query = [&](bool adds) {
+    const uint64_t b = tile_descriptor(shared.key(stage.place), Traits::kTokenPanel);
+#pragma unroll
+    for (int k = 0; k < kTokenSteps; ++k) {
+      product<T, kAcrossSum>(grad_query, ds + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
+    }
+  };
+  // d: a tile of weights or ds, transposed, times this group's channels of what the slots have.
+  const auto issue_of_tokens = [&](float(&d)[kWidth / 4], uint32_t scores, uint32_t slots) {
+    const int channels = group * kWidth / 2;
+    const uint64_t a = tile_descriptor(scores, 0);
+    const uint64_t b = tile_descriptor(fresh(slots) + channels / kPanelColumns * Traits::kSlotPanel +
+                                           channels % kPanelColumns * 2, 0);
+#pragma unroll
+    for (int k = 0; k < kSlotSteps; ++k) {
+      product<T, kAcrossSum, kAcrossSum>(d, a + (k * 2048 >> 4), b + (k * 2048 >> 4), k > 0);
+    }
+  };
+  const auto issue_of_tile = [&] {
+    issue_of_tokens(grad_value, shared.weights(multiplied.place), shared.du(held.place));
+    issue_of_tokens(grad_key, shared.scores(multiplied.place), shared.query(held.place));
+  };
+  const auto load_rows = [&](uint32_t* rows, uint32_t tile) {
+    const int row = group * kGroupRows + warp * 16 + lane % 16;
+#pragma unroll
+    for (int k = 0; k < kWidthSteps; ++k) {
+      load_matrices(rows + 4 * k, tile + row * kPanelRowBytes + ((2 * k + lane / 16) ^ row % 8) * 16);
+    }
+  };
+  const auto store_rounded = [&](uint32_t tile, const uint32_t* rounded) {
+    const int row = fresh(group * kGroupRows + warp * 16 + lane % 16);
+#pragma unroll
+    for (int k = 0; k < kTokenSteps; ++k) {
+      store_matrices(tile + row * kPanelRowBytes + ((2 * k + lane / 16) ^ row % 8) * 16, rounded + 4 * k);
+    }
+  };
+
+  struct Rows {        // of the tokens' gradients, of a tile
+    int64_t element;   // of the first
+    uint32_t visible;  // 16 tokens of this warp, a bit for each
+    int count;         // up to the end
+  };
+  const auto store_of_tokens = [&](void* to, const float(&of)[kWidth / 4], const Rows& rows, float scale) {
+    const int row_size = static_cast<int>(params.H) * params.D, in_warp = fresh(lane) / 4;
+    const int row = warp * 16 + in_warp, first = group * kWidth / 2;
+    const TwoRows two{{row < rows.count, row + 8 < rows.count},
+                      {(rows.visible >> in_warp & 1) != 0, (rows.visible >> in_warp & 0x100) != 0}};
+    T* target = static_cast<T*>(to) + rows.element + row * row_size + first;
+    store_rows(target, 8 * row_size, two, of, scale, params.D - first);
+  };
+  const auto store_partial = [&](const WriteBackwardItem& at) {
+    const int row_size = static_cast<int>(params.H) * params.D;
+    const int slot = group * kGroupRows + warp * 16 + fresh(lane) / 4;
+    const int64_t first = ((at.chunk * params.B + at.batch) * params.M + slot) * row_size + at.head * params.D;
+    store_rows(params.partial + first, 8 * row_size, {{slot < M, slot + 8 < M}}, grad_query, 1.0f, params.D);
+  };
+
+  // Hidden ones of this thread's 16 tokens have weights and gradients of 0.
+  uint32_t visible[2] = {};
+  const auto hide = [&](float(&x)[kTokens / 2]) {
+    if ((visible[0] & visible[1]) == 0xffffffffu) return;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool seen = visible[j / 4] >> (8 * (j % 4) + lane % 4 * 2 + e) & 1;
+        x[4 * j + e] = seen ? x[4 * j + e] : 0.0f;
+        x[4 * j + 2 + e] = seen ? x[4 * j + 2 + e] : 0.0f;
+      }
+    }
+  };
+  const auto weigh = [&] {
+    const float2 words = load_shared2(shared.visible(stage.place));
+    visible[0] = __float_as_uint(words.x), visible[1] = __float_as_uint(words.y);
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) s[i] = exp2_fast((s[i] - log_sum_exp[i / 2 % 2]) * log2_scale);
+    hide(s);
+    uint32_t w[kTokens / 4];
+#pragma unroll
+    for (int i = 0; i < kTokens / 4; ++i) w[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+    store_rounded(shared.weights(stored.place), w);
+  };
+  const auto differentiate = [&] {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) dp[i] = s[i] * (dp[i] - delta[i / 2 % 2]);
+    hide(dp);
+#pragma unroll
+    for (int i = 0; i < kTokens / 4; ++i) ds[i] = pack<T>(dp[2 * i], dp[2 * i + 1]);
+    store_rounded(shared.scores(stored.place), ds);
+    fence_async_proxy();
+    __syncwarp();
+    if (elected) barrier_arrive(shared.scores_full(stored.place));
+    stored.next();
+  };
+  // Whatever hidden keys hold, even NaN, must not reach the product with ds.
+  const auto clear_hidden_keys = [&] {
+    if (params.token_mask == nullptr || (visible[0] & visible[1]) == 0xffffffffu) return;
+    constexpr int kVectors = kWidth / 8;
+    for (int i = group * kGroupThreads + threadIdx.x % kGroupThreads; i < kTokens * kVectors; i += kThreads) {
+      const int row = i / kVectors, vector = i % kVectors;
+      if ((row < 32 ? visible[0] : visible[1]) >> row % 32 & 1) continue;
+      store_shared_zero(shared.key(stage.place) + vector / 8 * Traits::kTokenPanel + row * kPanelRowBytes +
+                        vector % 8 * 16);
+    }
+    fence_async_proxy();
+    named_barrier_sync(1, kThreads);
+  };
+
+  const auto take_slots = [&](const WriteBackwardItem& item) {
+    const int64_t head = (item.batch * params.H + item.head) * params.M;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int slot = group * kGroupRows + warp * 16 + lane / 4 + 8 * r;
+      log_sum_exp[r] = slot < M ? params.log_sum_exp[head + slot] : INFINITY;
+      delta[r] = slot < M ? params.delta[head + slot] : 0.0f;
+    }
+    barrier_wait(shared.held_full(held.place), held.parity);
+    if constexpr (!Traits::kWide) {
+      load_rows(query, shared.query(held.place));
+      load_rows(du, shared.du(held.place));
+    }
+  };
+
+  Rows left{}, ready{};  // of this tile, of the one before
+  int part = blockIdx.x;
+  if (part >= parts) return;
+  WriteBackwardItem item;
+  const auto take = [&] {
+    item = write_backward_item<Traits>(params, chunks, part);
+    take_slots(item);
+    left = {((item.batch * params.L + item.first_token) * params.H + item.head) * params.D, 0,
+            static_cast<int>(params.L) - item.first_token};
+  };
+  take();
+  int tiles = item.tiles;  // of tokens, that are left
+  barrier_wait(shared.tokens_full(stage.place), stage.parity);
+  product_fence();
+  issue_logits();
+  bool adds = false;  // whether this is not the first tile of an item
+  while (true) {      // a tile of tokens, whose logits are on their way
+    product_wait<0>();
+    pin(s);
+    product_fence();
+    issue_weights_grad();
+    barrier_wait(shared.scores_empty(stored.place), stored.parity ^ 1);
+    weigh();
+    left.visible = (warp < 2 ? visible[0] : visible[1]) >> (warp % 2 * 16);
+    product_wait<0>();
+    pin(dp);
+    differentiate();
+    clear_hidden_keys();
+    product_fence();
+    issue_grad_query(adds);
+    // Of the tile before, so that the groups do not wait for each other.
+    if (adds) barrier_wait(shared.scores_full(multiplied.place), multiplied.parity);
+    issue_of_tile();  // at an item's first, of what happens to lie there
+    product_commit();
+    const auto finish_tile = [&] {
+      if (elected) barrier_arrive(shared.scores_empty(multiplied.place));
+      multiplied.next();
+      store_of_tokens(params.grad_value, grad_value, ready, 1.0f);
+      store_of_tokens(params.grad_key, grad_key, ready, params.scale);
+    };
+    const uint32_t tokens_empty = shared.tokens_empty(stage.place), held_empty = shared.held_empty(held.place);
+    stage.next();
+    const bool last = --tiles == 0;
+    bool more = true;
+    if (last) {  // of this tile as well, while the slots are here
+      product_wait<0>();
+      pin(grad_query);
+      pin(grad_key);
+      pin(grad_value);
+      if (adds) finish_tile();
+      ready = left;
+      barrier_wait(shared.scores_full(multiplied.place), multiplied.parity);
+      product_fence();
+      issue_of_tile();
+      product_commit();
+      store_partial(item);
+      if constexpr (Traits::kHeld == 1) {
+        product_wait<0>();
+        pin(grad_key);
+        pin(grad_value);
+        finish_tile();
+        if (elected) barrier_arrive(held_empty);
+      }
+      held.next();
+      part += gridDim.x;
+      more = part < parts;
+      if (more) {
+        take();
+        tiles = item.tiles;
+      }
+    }
+    if (more) barrier_wait(shared.tokens_full(stage.place), stage.parity);
+    product_fence();
+    issue_logits();  // past the end, of what happens to lie there
+    product_wait<1>();
+    pin(grad_key);
+    pin(grad_value);
+    if (elected) barrier_arrive(tokens_empty);
+    if (last ? Traits::kHeld > 1 : adds) finish_tile();
+    if (last) {
+      if (Traits::kHeld > 1 && elected) barrier_arrive(held_empty);
+      if (!more) break;
+    } else {
+      ready = left;
+      left.element += kTokens * params.H * params.D;
+      left.count -= kTokens;
+    }
+    adds = !last;
+  }
+  product_wait<0>();
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    memory_write_backward_kernel(const __grid_constant__ MemoryWriteBackwardParams params, int parts, int chunks,
+                                 const __grid_constant__ CUtensorMap query_map,
+                                 const __grid_constant__ CUtensorMap du_map,
+                                 const __grid_constant__ CUtensorMap key_map,
+                                 const __grid_constant__ CUtensorMap value_map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ char dynamic[];
+  const WriteBackwardShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
+  if (threadIdx.x == 0) {
+    constexpr int kReaders = Traits::kGroups * kGroupThreads / kWarpSize;
+    for (int i = 0; i < Traits::kHeld; ++i) {
+      barrier_init(shared.held_full(i), 1);
+      barrier_init(shared.held_empty(i), kReaders);
+    }
+    for (int i = 0; i < Traits::kStages; ++i) {
+      barrier_init(shared.tokens_full(i), 2);
+      barrier_init(shared.tokens_empty(i), kReaders);
+    }
+    for (int i = 0; i < Traits::kScores; ++i) {
+      barrier_init(shared.scores_full(i), kReaders);
+      barrier_init(shared.scores_empty(i), kReaders);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);
+  if (group == 0) {
+    give_registers<Traits::kCopyRegisters>();
+    if (threadIdx.x == 0) {
+      write_backward_copy<Traits>(params, parts, chunks, query_map, du_map, key_map, value_map, shared);
+    }
+    if (threadIdx.x / kWarpSize == 1) write_backward_copy_mask<Traits>(params, parts, chunks, shared);
+  } else {
+    take_registers<Traits::kComputeRegisters>();
+    write_backward_compute<Traits>(params, parts, chunks, shared, group - 1);
+  }
+#endif
+}
+
+}  // namespace memformer_kernels

@@ -1,0 +1,53 @@
+// memory_write, backward over the tokens: its launch.
+#include <algorithm>
+
+#include "memformer_kernels/memory_write_backward.cuh"
+#include "memformer_kernels/tensor_map.h"
+
+namespace memformer_kernels {
+namespace {
+
+template <typename T, int kWidth>
+cudaError_t launch(const MemoryWriteBackwardParams& params) {
+  using Traits = WriteBackwardTraits<T, kWidth>;
+  const int64_t chunks = ceil_div(params.L, params.chunk), parts = params.B * params.H * chunks;
+  if (params.M > Traits::kSlots) return cudaErrorInvalidValue;
+  if (parts > INT32_MAX || params.L > INT32_MAX - params.chunk ||
+      params.H * params.D > INT32_MAX / Traits::kTokens) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const auto kernel = memory_write_backward_kernel<Traits>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
+  if (error != cudaSuccess) return error;
+  CUtensorMap query{}, du{}, key{}, value{};
+  const auto map = [&params](CUtensorMap* map, const void* data, const int64_t(&stride)[4], int64_t rows, int box) {
+    if (!tensor_map_takes(data, stride, params.B, params.H, rows)) return cudaErrorInvalidValue;
+    return make_tensor_map(map, params.dtype, data, stride, params.B, params.H, rows, params.D, box);
+  };
+  error = map(&query, params.query, params.query_stride, params.M, Traits::kSlots);
+  if (error == cudaSuccess) error = map(&du, params.du, params.du_stride, params.M, Traits::kSlots);
+  if (error == cudaSuccess) error = map(&key, params.key, params.key_stride, params.L, Traits::kTokens);
+  if (error == cudaSuccess) error = map(&value, params.value, params.value_stride, params.L, Traits::kTokens);
+  if (error != cudaSuccess) return error;
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(parts, params.multiprocessors));
+  kernel<<<blocks, Traits::kThreads, Traits::kShared, params.stream>>>(
+      params, static_cast<int>(parts), static_cast<int>(chunks), query, du, key, value);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch(const MemoryWriteBackwardParams& params) {
+  return params.D <= 64 ? launch<T, 64>(params) : launch<T, 128>(params);
+}
+
+}  // namespace
+
+extern "C" cudaError_t memory_write_backward(const MemoryWriteBackwardParams* params) {
+  switch (params->dtype) {
+    case DType::kFloat16: return launch<__half>(*params);
+    case DType::kBFloat16: return launch<__nv_bfloat16>(*params);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace memformer_kernels

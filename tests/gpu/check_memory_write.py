@@ -1,0 +1,200 @@
+"""Checks the CUDA kernel of `memory_write`'s backward on a Hopper GPU. Run by hand:
+
+    PYTHONPATH=. python tests/gpu/check_memory_write.py --out DIRECTORY
+
+Each check compares with float64 or bit for bit with another call; every part of a tile, several chunks of tokens,
+hidden tiles, NaN in hidden places. The exit status is 1 if one failed. `DIRECTORY/memory_write_checks.json` holds the
+figures.
+"""
+
+import cuda_checks
+import torch
+from triton_calls import LAYOUTS, answer, contiguous, differing, differing_in_layout, rows, same_bits
+
+from memformer_kernels import explain, memory_write, testing
+from memformer_kernels.testing import Case, cotangent, error_bound, make_case, shares_of_bound
+
+WIDTHS = (8, 20, 64, 80, 128)
+SLOTS = (65, 96, 100, 128)
+TOKENS = (1, 63, 64, 65, 128, 200, 513, 1000, 3000)
+HIDDEN = (0, 0.3, 0, 0.9, "a tile", "one row", 1.0)
+
+
+def write(**arguments):
+    return memory_write(**arguments, backend="cuda")
+
+
+def run(case, grad=None):
+    return testing.run(case, grad_output=grad, function=write)
+
+
+def case_of(dtype, **sizes):
+    return make_case("memory_write", dtype=dtype, device="cuda", **{"batch": 2, "heads": 3, **sizes})
+
+
+def hidden_as(case, value):
+    hidden = ~case.tensors["token_mask"][:, None, :, None]
+    return case.replace(**{name: case.tensors[name].masked_fill(hidden, value) for name in ("key", "value")})
+
+
+def rows_of(result, part):
+    return testing.Result(result.output[part], {name: grad[part] for name, grad in result.grads.items()})
+
+
+def masked_case(dtype, hidden, **sizes):
+    """With that share of the tokens hidden, or a whole tile, or all of the first row."""
+    if hidden == 0:
+        return case_of(dtype, **sizes)
+    case = case_of(dtype, masked=0.3 if isinstance(hidden, str) else hidden, **sizes)
+    mask = case.tensors["token_mask"]
+    if hidden == "a tile":
+        mask[:, 64:128] = False
+    elif hidden == "one row":
+        mask[0] = False
+    return case
+
+
+def check_bound(dtype):
+    """G1, G3: every element of output and gradients within 2 `error_bound`; NaN in hidden tokens changes no bit."""
+    worst, count = {}, 0
+    shapes = [(w, m, t) for w in WIDTHS for m in SLOTS for t in TOKENS]
+    shapes = [s for i, s in enumerate(shapes) if i % 3 == 0 or s[2] == 3000]
+    for i, (width, slots, tokens) in enumerate(shapes):
+        amplitude, hidden = (0.1, 1.0, 3.0, 1.0)[i % 4], HIDDEN[i % 7]
+        sizes = dict(slots=slots, tokens=tokens, width=width, amplitude=amplitude, bias=width != 20)
+        sizes |= dict(heads=40 if tokens == 64 else 3, temperature=(0.25, 1.0)[i % 2])  # more than run at a time
+        sizes |= dict(carried_dtype=torch.float32 if width == 80 else dtype)
+        case = masked_case(dtype, hidden, **sizes)
+        result = run(case)
+        shares = shares_of_bound(result, answer(case), error_bound(case, device="cuda"))
+        worst.update({name: max(share, worst.get(name, 0.0)) for name, share in shares.items()})
+        assert all(share <= 1 for share in shares.values()), f"D {width} M {slots} L {tokens} {hidden}: {shares}"
+        if hidden:
+            unread, zeros = (run(hidden_as(case, value)) for value in (float("nan"), 0.0))
+            assert not differing(unread, zeros), f"D {width} M {slots} L {tokens} {hidden}: hidden NaN"
+        count += 1
+    return {"cases": count, "shares of 2 error_bound": worst}
+
+
+def check_layouts(dtype):
+    """G11: in every layout the same, but for the order of sums over the channels of a slot, which is Triton's."""
+    for width, slots in ((64, 100), (80, 128), (128, 96)):
+        case = case_of(dtype, slots=slots, tokens=150, width=width)
+        grad = cotangent(case)
+        for layout in LAYOUTS:
+            moved = {name: layout(case.tensors[name]) for name in ("query", "own_key", "slots", "key", "value")}
+            same = {name: contiguous(tensor) for name, tensor in moved.items()}
+            found = run(case.replace(**same), grad), run(case.replace(**moved), grad)
+            assert not differing_in_layout("memory_write", *found), f"{layout.__name__}, D {width}"
+    return {"layouts": len(LAYOUTS)}
+
+
+def check_hidden(dtype):
+    """G4: a mask that hides nothing is no mask; hidden tokens have gradients of exactly 0."""
+    for width, tokens in ((64, 700), (128, 1500)):
+        case = masked_case(dtype, "a tile", slots=128, tokens=tokens, width=width)
+        grad, mask = cotangent(case), case.tensors["token_mask"]
+        grads = run(hidden_as(case, float("nan")), grad).grads
+        hidden = ~mask[:, None, :, None]
+        assert not any(grads[name].masked_select(hidden).any() for name in ("key", "value")), "hidden tokens' gradients"
+        shown = case.replace(token_mask=torch.ones_like(mask))
+        plain = Case(case.op, {n: t for n, t in case.tensors.items() if n != "token_mask"}, case.options)
+        assert not differing(run(shown, grad), run(plain, grad)), "a mask that hides nothing"
+    return {}
+
+
+def check_values(dtype):
+    """G5: NaN stays in the head and row that sees it."""
+    case = case_of(dtype, slots=100, tokens=200, width=64)
+    key = case.tensors["key"].clone()
+    key[1, 2, 77] = float("nan")
+    found = run(case.replace(key=key)).grads
+    for name in ("key", "value"):
+        assert not found[name][0].isnan().any(), name  # the norm mixes a row's heads
+        assert found[name][1, 2].isnan().all(), name
+    return {}
+
+
+def check_batch(dtype):
+    """G7, G8: a row has the same bits alone, and a hundred times over."""
+    for width, slots, tokens in ((64, 128, 2500), (128, 96, 2500), (64, 100, 65)):
+        case = case_of(dtype, batch=40, heads=8, slots=slots, tokens=tokens, width=width, bias=False)
+        grad = cotangent(case)
+        whole = run(case, grad).tensors()
+        for row in (slice(0, 1), slice(17, 20), slice(39, 40)):
+            alone = run(rows(case, row), grad[row]).tensors()
+            assert all(same_bits(alone[name], whole[name][row]) for name in whole), f"rows {row}"
+        for _ in range(100):
+            again = run(case, grad).tensors()
+            assert all(same_bits(again[name], whole[name]) for name in whole), "repeats"
+    return {"repeats": 100}
+
+
+def check_graph(dtype):
+    """G12: a CUDA graph of forward and backward, with changed inputs."""
+    sizes = dict(slots=128, tokens=900, width=64)
+    static, grad = case_of(dtype, **sizes), cotangent(case_of(dtype, **sizes))
+    run(static, grad)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(static, grad)
+    for seed in range(3):
+        other = case_of(dtype, seed=seed + 5, **sizes)
+        for name, tensor in other.tensors.items():
+            static.tensors[name].copy_(tensor)
+        graph.replay()
+        assert not differing(captured, run(other, grad)), "a replay differs"
+    return {}
+
+
+def check_compiled(dtype):
+    """G15: `torch.compile`, one graph."""
+    case = case_of(dtype, slots=128, tokens=100, width=64)
+    explanation = explain("memory_write", **case.tensors)
+    assert explanation.backend == "cuda", str(explanation)
+    compiled = torch.compile(lambda **arguments: memory_write(**arguments), fullgraph=True)
+    grad = cotangent(case)
+    assert not differing(run(case, grad), testing.run(case, grad_output=grad, function=compiled))
+    return {}
+
+
+def check_large(dtype):
+    """G10: offsets past 2^31 elements, and more heads than a grid has rows."""
+    base = torch.empty(2**31 + 2**20, dtype=dtype, device="cuda")
+    step = 2**31 // 199 // 8 * 8
+    case = case_of(dtype, batch=1, heads=1, slots=100, tokens=200, width=64)
+    key = base.as_strided((1, 1, 200, 64), (0, 0, step, 1)).copy_(case.tensors["key"])
+    assert not differing(run(case.replace(key=key)), run(case)), "rows far apart"
+    del base, key
+    many = case_of(dtype, batch=70000, heads=1, slots=65, tokens=3, width=8, bias=False)
+    grad = cotangent(many)
+    last = slice(69999, 70000)
+    assert not differing(rows_of(run(many, grad), last), run(rows(many, last), grad[last])), "the last of many"
+    return {}
+
+
+def check_sanitizer(dtype):
+    return cuda_checks.sanitize(__file__, dtype)
+
+
+def small_calls(dtype):
+    for width, masked in ((64, 0), (20, 0.3), (128, 0), (80, 0.3)):
+        run(case_of(dtype, batch=1, heads=2, slots=100, tokens=200, width=width, masked=masked))
+
+
+CHECKS = (
+    check_bound,
+    check_layouts,
+    check_hidden,
+    check_values,
+    check_batch,
+    check_graph,
+    check_compiled,
+    check_large,
+    check_sanitizer,
+)
+
+
+if __name__ == "__main__":
+    cuda_checks.main(__doc__, "memory_write_checks.json", CHECKS, small_calls)
