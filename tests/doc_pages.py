@@ -82,6 +82,9 @@ def _check_script(arguments: list[str], line: str) -> None:
     script = ROOT / arguments[0]
     assert script.is_file(), f"no such script: {line}"
     source = script.read_text()
+    for module in re.findall(r"^import (\w+)$", source, re.MULTILINE):  # the command may be shared by scripts beside it
+        beside = script.with_name(f"{module}.py")
+        source += beside.read_text() if beside.is_file() else ""
     for option in (a for a in arguments[1:] if a.startswith("--")):
         assert f'"{option.split("=")[0]}"' in source or script.name == "setup.py", f"{option} is not taken: {line}"
 

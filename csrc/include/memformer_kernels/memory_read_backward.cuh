@@ -9,46 +9,28 @@
 // order of the blocks: no atomics, no sum in global memory. A block that holds all slots is alone: it has the query's
 // gradient whole, and takes delta from the weights, so that it needs no output.
 //
-// Of a block's three warpgroups one copies tiles into shared memory and two compute, each with 64 slots as the rows of
-// its products, s^T and ds^T, and add up in turns.
+// The two groups that compute have s^T and ds^T as the rows of their products, and add up in turns.
 #pragma once
 
-#include "memformer_kernels/common.cuh"
-#include "memformer_kernels/hopper.cuh"
 #include "memformer_kernels/memory_read.h"
+#include "memformer_kernels/slots_on_chip.cuh"
 
 namespace memformer_kernels {
 
-template <typename T_, int kWidth_, int kBlocks_>
-struct ReadBackwardTraits {
-  using T = T_;
-  static constexpr int kWidth = kWidth_;    // channels of a head's tile: 64 or 128
-  static constexpr int kBlocks = kBlocks_;  // of a cluster: 1, 2, 3, 4, 6 or 8
+template <typename T, int kWidth, int kBlocks_>
+struct ReadBackwardTraits : SlotTiles<T, kWidth> {
+  using Tiles = SlotTiles<T, kWidth>;
+  using Tiles::kGroups, Tiles::kScoreTile, Tiles::kSlotTile, Tiles::kTokens, Tiles::kTokenTile, Tiles::kWide;
+  static constexpr int kBlocks = kBlocks_;        // of a cluster: 1, 2, 3, 4, 6 or 8
   static constexpr bool kAlone = kBlocks == 1;
-  static constexpr bool kGrouped = kBlocks == 8;  // more slots than the largest cluster holds, one group after the other
-  static constexpr bool kWide = kWidth > 64;
-  static constexpr int kGroups = 2;
-  static constexpr int kSlots = kGroups * kGroupRows;
-  static constexpr int kTokens = kMemoryReadBackwardTokens;
-  static constexpr int kHeld = kWide ? 1 : 2;    // pairs of keys and values on chip: those of the next head too
-  static constexpr int kStages = kWide && !kAlone ? 2 : 3;  // tiles of tokens on their way
-  static constexpr int kScores = 2;              // tiles of ds
+  static constexpr bool kGrouped = kBlocks == 8;  // may have more slots than it holds, one group after the other
+  static constexpr int kHeld = kWide ? 1 : 2;     // pairs of keys and values on chip: those of the next head too
+  static constexpr int kStages = kWide && !kAlone ? 2 : 3;   // tiles of tokens on their way
+  static constexpr int kScores = 2;                          // tiles of ds
   static constexpr int kParts = kAlone ? 0 : kWide ? 2 : 3;  // tiles of what blocks send each other
-  static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-  // Registers that a block starts with, of one thread of each group, and how the groups share them.
-  static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
-  static constexpr int kCopyRegisters = kWide ? 24 : 40;
-  static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
-
-  static constexpr int kPanels = kWidth / kPanelColumns;
-  static constexpr int kSlotPanel = kSlots * kPanelRowBytes;
-  static constexpr int kSlotTile = kPanels * kSlotPanel;
-  static constexpr int kTokenPanel = kTokens * kPanelRowBytes;
-  static constexpr int kTokenTile = kPanels * kTokenPanel;
   static constexpr int kStatistics = (kAlone ? 1 : 2) * kTokens * 4;
   static constexpr int kSums = kAlone ? (kGroups * kGroupThreads / kWarpSize + 1) * kTokens * 4 : 0;
-  static constexpr int kScoreTile = kSlots * kTokens * 2;
-  static_assert(kTokens * 2 == kPanelRowBytes, "a slot's ds of a tile is one row");
+  static_assert(kTokens == kMemoryReadBackwardTokens);
 
   // The query's gradient of a tile is added up in units of 16 tokens and 16 channels, which a warp holds: dealt to the
   // blocks of the cluster one after the other.
@@ -195,13 +177,11 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
                                                       int group) {
   using T = typename Traits::T;
   constexpr int kWidth = Traits::kWidth, kTokens = Traits::kTokens, kGroupCount = Traits::kGroups;
-  constexpr int kWidthSteps = kWidth / 16, kTokenSteps = kTokens / 16, kSlotSteps = Traits::kSlots / 16;
   constexpr int kThreads = kGroupCount * kGroupThreads;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize % 4, 0);
   const bool elected = lane == 0;
   const float log2_scale = params.log2_scale;
-  const int group_offset = group * kGroupRows * kPanelRowBytes;
 
   float s[kTokens / 2], dp[kTokens / 2];     // [slots, tokens]: logits, then weights; their gradients
   uint32_t p[kTokens / 4], ds[kTokens / 4];  // rounded
@@ -214,52 +194,16 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
   Ring<Traits::kScores> stored, multiplied;  // of ds
   Ring<Traits::kAlone ? 1 : Traits::kParts> sent, added;  // of what blocks send each other
 
-  // d: the rows of this group's slots times those of a tile of tokens.
-  const auto issue_against = [&](float(&d)[kTokens / 2], const uint32_t* rows, uint32_t rows_tile, uint32_t tokens) {
-    const uint64_t b = tile_descriptor(tokens, 0);
-    if constexpr (Traits::kWide) {
-      const uint64_t a = tile_descriptor(fresh(rows_tile) + group_offset, 0);
-#pragma unroll
-      for (int k = 0; k < kWidthSteps; ++k) {
-        const int panel = k / 4, inside = k % 4 * 32;
-        product<T, kAlongSum, kAlongSum>(d, a + ((panel * Traits::kSlotPanel + inside) >> 4),
-                                         b + ((panel * Traits::kTokenPanel + inside) >> 4), k > 0);
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < kWidthSteps; ++k) product<T, kAlongSum>(d, rows + 4 * k, b + (k * 32 >> 4), k > 0);
-    }
-    product_commit();
-  };
-  const auto issue_logits = [&] { issue_against(s, key, shared.key(held.place), shared.query(stage.place)); };
-  const auto issue_weights_grad = [&] { issue_against(dp, value, shared.value(held.place), shared.grad(stage.place)); };
-  const auto issue_sum = [&](float(&d)[kWidth / 2], const uint32_t* a, uint32_t tokens, bool adds) {
-    const uint64_t b = tile_descriptor(tokens, Traits::kTokenPanel);
-#pragma unroll
-    for (int k = 0; k < kTokenSteps; ++k) product<T, kAcrossSum>(d, a + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
+  const SlotGroup<Traits> slots{group, warp, lane};
+  const auto issue_logits = [&] { slots.issue_against(s, key, shared.key(held.place), shared.query(stage.place)); };
+  const auto issue_weights_grad = [&] {
+    slots.issue_against(dp, value, shared.value(held.place), shared.grad(stage.place));
   };
   const auto issue_grad_query = [&] {
-    const int channels = group * kWidth / 2;
-    const uint64_t a = tile_descriptor(shared.scores(multiplied.place), 0);
-    const uint64_t b = tile_descriptor(fresh(shared.key(held.place)) + channels / kPanelColumns * Traits::kSlotPanel +
-                                           channels % kPanelColumns * 2, 0);
-#pragma unroll
-    for (int k = 0; k < kSlotSteps; ++k) {
-      product<T, kAcrossSum, kAcrossSum>(grad_query, a + (k * 2048 >> 4), b + (k * 2048 >> 4), k > 0);
-    }
-  };
-  const auto load_rows = [&](uint32_t* rows, uint32_t tile) {
-    const int row = group * kGroupRows + warp * 16 + lane % 16;
-#pragma unroll
-    for (int k = 0; k < kWidthSteps; ++k) {
-      load_matrices(rows + 4 * k, tile + row * kPanelRowBytes + ((2 * k + lane / 16) ^ row % 8) * 16);
-    }
+    slots.issue_over_slots(grad_query, shared.scores(multiplied.place), shared.key(held.place));
   };
   const auto store_scores = [&] {
-    const int row = fresh(group * kGroupRows + warp * 16 + lane % 16);
-    const uint32_t tile = shared.scores(stored.place) + row * kPanelRowBytes;
-#pragma unroll
-    for (int k = 0; k < kTokenSteps; ++k) store_matrices(tile + ((2 * k + lane / 16) ^ row % 8) * 16, ds + 4 * k);
+    slots.store_scores(shared.scores(stored.place), ds);
     fence_async_proxy();
     __syncwarp();
     if (elected) barrier_arrive(shared.scores_full(stored.place));
@@ -454,8 +398,8 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
       named_barrier_sync(4, kThreads);
     }
     if constexpr (!Traits::kWide) {
-      load_rows(key, shared.key(held.place));
-      load_rows(value, shared.value(held.place));
+      slots.load_rows(key, shared.key(held.place));
+      slots.load_rows(value, shared.value(held.place));
     }
   };
 
@@ -483,7 +427,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
     issue_weights_grad();
     weigh();
     product_fence();
-    issue_sum(grad_value, p, shared.grad(stage.place), adds);
+    slots.issue_sum(grad_value, p, shared.grad(stage.place), adds);
     product_commit();
     product_wait<1>();
     pin(dp);
@@ -492,7 +436,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
     barrier_wait(shared.scores_empty(stored.place), stored.parity ^ 1);
     store_scores();
     product_fence();
-    issue_sum(grad_key, ds, shared.query(stage.place), adds);
+    slots.issue_sum(grad_key, ds, shared.query(stage.place), adds);
     // Of the tile before, so that the groups do not wait for each other.
     if (adds) barrier_wait(shared.scores_full(multiplied.place), multiplied.parity);
     issue_grad_query();  // at an item's first, of what happens to lie there

@@ -8,35 +8,19 @@
 // two groups hand each other their weights and ds through shared memory, and take half of the channels each.
 #pragma once
 
-#include "memformer_kernels/common.cuh"
-#include "memformer_kernels/hopper.cuh"
 #include "memformer_kernels/memory_write.h"
+#include "memformer_kernels/slots_on_chip.cuh"
 
 namespace memformer_kernels {
 
-template <typename T_, int kWidth_>
-struct WriteBackwardTraits {
-  using T = T_;
-  static constexpr int kWidth = kWidth_;  // channels of a head's tile: 64 or 128
-  static constexpr bool kWide = kWidth > 64;
-  static constexpr int kGroups = 2;
-  static constexpr int kSlots = kGroups * kGroupRows;
-  static constexpr int kTokens = 64;
+template <typename T, int kWidth>
+struct WriteBackwardTraits : SlotTiles<T, kWidth> {
+  using Tiles = SlotTiles<T, kWidth>;
+  using Tiles::kScoreTile, Tiles::kSlots, Tiles::kSlotTile, Tiles::kTokenTile, Tiles::kWide;
   static constexpr int kHeld = kWide ? 1 : 2;    // pairs of queries and du on chip: those of the next head too
   static constexpr int kStages = kWide ? 2 : 3;  // tiles of tokens on their way
   static constexpr int kScores = 2;              // tiles of weights and ds
-  static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-  static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
-  static constexpr int kCopyRegisters = kWide ? 24 : 40;
-  static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
-
-  static constexpr int kPanels = kWidth / kPanelColumns;
-  static constexpr int kSlotPanel = kSlots * kPanelRowBytes;
-  static constexpr int kSlotTile = kPanels * kSlotPanel;
-  static constexpr int kTokenPanel = kTokens * kPanelRowBytes;
-  static constexpr int kTokenTile = kPanels * kTokenPanel;
-  static constexpr int kScoreTile = kSlots * kTokens * 2;
-  static_assert(kTokens * 2 == kPanelRowBytes && kSlots == kMemoryWriteBackwardSlots);
+  static_assert(kSlots == kMemoryWriteBackwardSlots);
   static constexpr int kBarriers = 2 * (kHeld + kStages + kScores);
   static constexpr int kShared = 1024 + 2 * kHeld * kSlotTile + kStages * (2 * kTokenTile + 8) +
                                  kScores * 2 * kScoreTile + 8 * kBarriers;
@@ -141,13 +125,12 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
                                                        WriteBackwardShared<Traits> shared, int group) {
   using T = typename Traits::T;
   constexpr int kWidth = Traits::kWidth, kTokens = Traits::kTokens;
-  constexpr int kWidthSteps = kWidth / 16, kTokenSteps = kTokens / 16, kSlotSteps = Traits::kSlots / 16;
   constexpr int kThreads = Traits::kGroups * kGroupThreads;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize % 4, 0);
   const bool elected = lane == 0;
   const float log2_scale = params.log2_scale;
-  const int group_offset = group * kGroupRows * kPanelRowBytes, M = static_cast<int>(params.M);
+  const int M = static_cast<int>(params.M);
 
   float s[kTokens / 2], dp[kTokens / 2];  // [slots, tokens]: logits, then weights; their gradients
   uint32_t ds[kTokens / 4];               // rounded
@@ -160,60 +143,14 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
   Ring<Traits::kStages> stage;
   Ring<Traits::kScores> stored, multiplied;
 
-  // d: the rows of this group's slots times those of a tile of tokens.
-  const auto issue_against = [&](float(&d)[kTokens / 2], const uint32_t* rows, uint32_t rows_tile, uint32_t tokens) {
-    const uint64_t b = tile_descriptor(tokens, 0);
-    if constexpr (Traits::kWide) {
-      const uint64_t a = tile_descriptor(fresh(rows_tile) + group_offset, 0);
-#pragma unroll
-      for (int k = 0; k < kWidthSteps; ++k) {
-        const int panel = k / 4, inside = k % 4 * 32;
-        product<T, kAlongSum, kAlongSum>(d, a + ((panel * Traits::kSlotPanel + inside) >> 4),
-                                         b + ((panel * Traits::kTokenPanel + inside) >> 4), k > 0);
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < kWidthSteps; ++k) product<T, kAlongSum>(d, rows + 4 * k, b + (k * 32 >> 4), k > 0);
-    }
-    product_commit();
-  };
-  const auto issue_logits = [&] { issue_against(s, query, shared.query(held.place), shared.key(stage.place)); };
-  const auto issue_weights_grad = [&] { issue_against(dp, du, shared.du(held.place), shared.value(stage.place)); };
-  const auto issue_grad_query = [&](bool adds) {
-    const uint64_t b = tile_descriptor(shared.key(stage.place), Traits::kTokenPanel);
-#pragma unroll
-    for (int k = 0; k < kTokenSteps; ++k) {
-      product<T, kAcrossSum>(grad_query, ds + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
-    }
-  };
-  // d: a tile of weights or ds, transposed, times this group's channels of what the slots have.
-  const auto issue_of_tokens = [&](float(&d)[kWidth / 4], uint32_t scores, uint32_t slots) {
-    const int channels = group * kWidth / 2;
-    const uint64_t a = tile_descriptor(scores, 0);
-    const uint64_t b = tile_descriptor(fresh(slots) + channels / kPanelColumns * Traits::kSlotPanel +
-                                           channels % kPanelColumns * 2, 0);
-#pragma unroll
-    for (int k = 0; k < kSlotSteps; ++k) {
-      product<T, kAcrossSum, kAcrossSum>(d, a + (k * 2048 >> 4), b + (k * 2048 >> 4), k > 0);
-    }
+  const SlotGroup<Traits> slots{group, warp, lane};
+  const auto issue_logits = [&] { slots.issue_against(s, query, shared.query(held.place), shared.key(stage.place)); };
+  const auto issue_weights_grad = [&] {
+    slots.issue_against(dp, du, shared.du(held.place), shared.value(stage.place));
   };
   const auto issue_of_tile = [&] {
-    issue_of_tokens(grad_value, shared.weights(multiplied.place), shared.du(held.place));
-    issue_of_tokens(grad_key, shared.scores(multiplied.place), shared.query(held.place));
-  };
-  const auto load_rows = [&](uint32_t* rows, uint32_t tile) {
-    const int row = group * kGroupRows + warp * 16 + lane % 16;
-#pragma unroll
-    for (int k = 0; k < kWidthSteps; ++k) {
-      load_matrices(rows + 4 * k, tile + row * kPanelRowBytes + ((2 * k + lane / 16) ^ row % 8) * 16);
-    }
-  };
-  const auto store_rounded = [&](uint32_t tile, const uint32_t* rounded) {
-    const int row = fresh(group * kGroupRows + warp * 16 + lane % 16);
-#pragma unroll
-    for (int k = 0; k < kTokenSteps; ++k) {
-      store_matrices(tile + row * kPanelRowBytes + ((2 * k + lane / 16) ^ row % 8) * 16, rounded + 4 * k);
-    }
+    slots.issue_over_slots(grad_value, shared.weights(multiplied.place), shared.du(held.place));
+    slots.issue_over_slots(grad_key, shared.scores(multiplied.place), shared.query(held.place));
   };
 
   struct Rows {        // of the tokens' gradients, of a tile
@@ -259,7 +196,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     uint32_t w[kTokens / 4];
 #pragma unroll
     for (int i = 0; i < kTokens / 4; ++i) w[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-    store_rounded(shared.weights(stored.place), w);
+    slots.store_scores(shared.weights(stored.place), w);
   };
   const auto differentiate = [&] {
 #pragma unroll
@@ -267,7 +204,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     hide(dp);
 #pragma unroll
     for (int i = 0; i < kTokens / 4; ++i) ds[i] = pack<T>(dp[2 * i], dp[2 * i + 1]);
-    store_rounded(shared.scores(stored.place), ds);
+    slots.store_scores(shared.scores(stored.place), ds);
     fence_async_proxy();
     __syncwarp();
     if (elected) barrier_arrive(shared.scores_full(stored.place));
@@ -297,8 +234,8 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     }
     barrier_wait(shared.held_full(held.place), held.parity);
     if constexpr (!Traits::kWide) {
-      load_rows(query, shared.query(held.place));
-      load_rows(du, shared.du(held.place));
+      slots.load_rows(query, shared.query(held.place));
+      slots.load_rows(du, shared.du(held.place));
     }
   };
 
@@ -331,7 +268,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     differentiate();
     clear_hidden_keys();
     product_fence();
-    issue_grad_query(adds);
+    slots.issue_sum(grad_query, ds, shared.key(stage.place), adds);
     // Of the tile before, so that the groups do not wait for each other.
     if (adds) barrier_wait(shared.scores_full(multiplied.place), multiplied.parity);
     issue_of_tile();  // at an item's first, of what happens to lie there
