@@ -103,7 +103,7 @@ def over_tokens(query, du, key, value, token_mask, log_sum_exp, delta, scale):
 def test_stages_around_the_writes_kernel_are_right(monkeypatch, nothing_left_over, registered, agree, change):
     cuda = cuda_backend("memory_write")
     monkeypatch.setattr(cuda, "_over_tokens", over_tokens)
-    monkeypatch.setattr(cuda, "CHUNK", {64: 64, 128: 64})
+    monkeypatch.setattr(cuda, "CHUNK", 64)
     case = make_case("memory_write", **{"slots": 9, "tokens": 150} | change)  # in three chunks
     agree(run(case, function=registered("memory_write", "cuda")), oracle(case))
 

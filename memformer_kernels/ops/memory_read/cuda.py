@@ -20,6 +20,9 @@ ALONE = 128  # slots that one block of the backward holds: it needs no output
 LEAST_SLOTS_FORWARD = 321  # for fewer, the forward is Triton's
 VECTOR = 8  # elements of 16 bytes
 CHUNK = 8192  # tokens that one sum is over in the backward: one row of that many keeps a GPU busy
+CHUNK_ALONE = 1024  # with one block a head: fewer cost a large batch the traffic of more partial results
+MOST_CHUNKS_ALONE = 32
+TILE = 64  # tokens
 
 
 def saves(query: Tensor, key: Tensor) -> tuple[bool, bool]:
@@ -115,7 +118,7 @@ def backward(
     grad, query, key, value = map(in_vectors, (grad, query, key, value))
     extension = _extension.load()
     statistics = carry = None
-    chunk = tiles.token_chunk(L, ALONE)
+    chunk = chunk_alone(L, CHUNK_ALONE)
     if slots > ALONE:
         output, rounding, chunk = in_vectors(output), in_vectors(rounding), CHUNK
         tokens = extension.memory_read_backward_tokens
@@ -160,6 +163,12 @@ def backward(
     if query.shape[3] == D:
         return grad_query, grad_key, grad_value
     return tuple(as_new_per_head(t[..., :D]) for t in (grad_query, grad_key, grad_value))
+
+
+def chunk_alone(tokens: int, least: int) -> int:
+    """Tokens of a sum where one block has all slots: whole tiles, by the number of tokens alone, so that a row has the
+    same bits in any batch."""
+    return -(-max(least, -(-tokens // MOST_CHUNKS_ALONE)) // TILE) * TILE
 
 
 def in_vectors(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memformer_kernels import _extension, launch, tiles
-from memformer_kernels.ops.memory_read.cuda import ARCHITECTURE, DTYPES, in_vectors, unsupported_device  # noqa: F401
+from memformer_kernels.ops.memory_read.cuda import DTYPES, chunk_alone, in_vectors, unsupported_device
 from memformer_kernels.ops.memory_write import triton
 from memformer_kernels.ops.memory_write.triton import forward  # noqa: F401
 from memformer_kernels.ops.per_head import as_new_per_head, new_per_head
@@ -14,8 +14,7 @@ from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import LOG2_E
 
 LEAST_SLOTS = 65  # for fewer, Triton's kernel is ahead
-CHUNK = {64: 512, 128: 1024}  # tokens that a sum is over: partial results cost little, and one row is many programs
-MOST_CHUNKS = 32
+CHUNK, WIDE_CHUNK = 512, 1024  # tokens that a sum is over, at least: of heads up to 64 channels, and wider ones
 
 
 def unsupported_reason(
@@ -48,9 +47,7 @@ def unsupported_reason(
 
 
 def _chunk(tokens: int, channels: int) -> int:
-    """Tokens of a sum: by their number alone, so that a row has the same bits in any batch."""
-    chunk = max(CHUNK[64 if channels <= 64 else 128], -(-tokens // MOST_CHUNKS))
-    return -(-chunk // 64) * 64
+    return chunk_alone(tokens, CHUNK if channels <= 64 else WIDE_CHUNK)
 
 
 @launch.planned
