@@ -316,6 +316,19 @@ def test_the_backward_and_the_gradients_are_checked(pretend_gpu, small_suite):
     }  # fmt: skip
 
 
+def test_ours_runs_on_the_backend_that_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(peers.memformer_kernels, "memory_read", lambda **arguments: asked.append(arguments["backend"]))
+    for device, options in (("cuda", {}), ("cuda", {"backend": "triton"}), ("cpu", {"backend": "triton"})):
+        peers.ours("memory_read", torch.device(device), **options).make(None, None, None)(query=None)
+    assert asked == ["auto", "triton", "eager"]
+    settings = measure.Settings(backend="triton", peers=False)
+    monkeypatch.setattr(runner, "_device", lambda: torch.device("cuda"))
+    (ours,) = runner._implementations("memory_read", settings)
+    ours.make(None, None, None)(query=None)
+    assert asked[-1] == "triton" == peers.backend_of_ours(None, "triton")
+
+
 def test_a_peer_that_is_wrong_or_fails_is_named_and_not_timed(pretend_gpu, small_suite, monkeypatch):
     def fails(slots, bias):
         raise RuntimeError("no kernel\nfor this")
@@ -514,6 +527,7 @@ OPTIONS = dict(
     quick=True,
     peers=True,
     skip="",
+    backend="auto",
     suite_file=None,
 )
 
@@ -535,6 +549,7 @@ def test_without_a_gpu_it_says_what_can_be_told_and_no_time(tmp_path):
     [
         ({"dtype": "int8"}, "--dtype must be one of bfloat16, float16, float32"),
         ({"layout": "padded"}, "--layout must be one of contiguous, transposed"),
+        ({"backend": "gpu"}, "--backend must be one of auto, cuda, triton, eager, got 'gpu'"),
         ({"only": "M7"}, "nothing in the suite has"),
         ({"shapes": ["B=2 H=2"]}, "--shape must name B, H, M, L and D"),
     ],

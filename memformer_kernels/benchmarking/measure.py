@@ -29,6 +29,7 @@ class Settings:
     replays: int = 20
     peers: bool = True
     skip: str = ""  # leave out peers whose name contains this
+    backend: str = "auto"  # of ours
 
 
 class DeviceLost(RuntimeError):

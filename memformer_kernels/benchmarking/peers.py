@@ -51,20 +51,15 @@ def not_compiled(function: Callable) -> Callable:
     return function
 
 
-def ours(op: str, device: torch.device) -> Implementation:
-    """The public function; on a GPU with what `auto` takes."""
-    backend = _backend(device)
+def ours(op: str, device: torch.device, backend: str = "auto") -> Implementation:
+    """The public function; on a CPU the definition."""
+    backend = "eager" if device.type == "cpu" else backend
     public = getattr(memformer_kernels, op)
     return Implementation(OURS, lambda *_: lambda **arguments: public(**arguments, backend=backend))
 
 
-def _backend(device: torch.device) -> str:
-    return "eager" if device.type == "cpu" else "auto"
-
-
-def backend_of_ours(case: Case) -> str:
-    """The backend that runs `ours` on this case."""
-    backend = _backend(next(iter(case.tensors.values())).device)
+def backend_of_ours(case: Case, backend: str = "auto") -> str:
+    """The backend that runs `ours` on this case of a GPU."""
     return explain(case.op, **case.tensors, **case.options).backend if backend == "auto" else backend
 
 

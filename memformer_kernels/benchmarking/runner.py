@@ -128,8 +128,8 @@ def _measure_shape(
     try:
         sets = _input_sets(suite, shape, settings)
         references = References(sets[0], shape)
-        backend = backend_of_ours(sets[0][0])
-        for implementation in [ours(shape.op, _device()), *_chosen_peers(shape.op, settings)]:
+        backend = backend_of_ours(sets[0][0], settings.backend)
+        for implementation in _implementations(shape.op, settings):
             taken = [which for which in passes if which in implementation.passes]
             for which, figures in measure(implementation, shape, taken, sets, references, settings):
                 rows[which] |= {"backend": backend}
@@ -147,10 +147,11 @@ def _measure_shape(
             compare(row)
 
 
-def _chosen_peers(op: str, settings: Settings) -> list[Implementation]:
-    if not settings.peers:
-        return []
-    return [peer for peer in PEERS[op] if not settings.skip or settings.skip not in peer.name]
+def _implementations(op: str, settings: Settings) -> list[Implementation]:
+    """Ours, and the chosen peers."""
+    peers = PEERS[op] if settings.peers else []
+    chosen = [peer for peer in peers if not settings.skip or settings.skip not in peer.name]
+    return [ours(op, _device(), settings.backend), *chosen]
 
 
 def _empty_row(suite: Suite, shape: Shape, which: str, settings: Settings) -> dict:
@@ -202,7 +203,7 @@ def _measure_overhead(suite: Suite, op: str, settings: Settings, progress) -> li
     shape = suite.overhead_shape(op)
     first = _make(suite, shape, settings)(seed=0)
     rows = []
-    for implementation in [ours(op, _device()), *(p for p in _chosen_peers(op, settings) if not p.compiled)]:
+    for implementation in (i for i in _implementations(op, settings) if not i.compiled):
         figures = host_time(implementation, shape, first)
         rows.append({"op": op, "shape": shape.name, "implementation": implementation.name, **figures})
         says = figures["problem"]

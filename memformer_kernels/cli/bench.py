@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from memformer_kernels import testing
+from memformer_kernels.backend import BACKENDS
 from memformer_kernels.benchmarking import inputs, plots, report, runner, suite, targets
 from memformer_kernels.benchmarking.measure import Settings
 from memformer_kernels.benchmarking.peers import PEERS, not_compiled, ours
@@ -29,6 +30,7 @@ def bench(
     quick: bool,
     peers: bool,
     skip: str,
+    backend: str,
     suite_file: Path | None,
     out: Path,
 ) -> bool:
@@ -37,6 +39,8 @@ def bench(
         raise ValueError(f"bench: --dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if layout not in inputs.LAYOUTS:
         raise ValueError(f"bench: --layout must be one of {', '.join(inputs.LAYOUTS)}, got {layout!r}")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"bench: --backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
     loaded = suite.load(suite_file)
     if shapes:
         loaded = loaded.of_shapes(shapes)
@@ -46,7 +50,7 @@ def bench(
         return True
     out.mkdir(parents=True, exist_ok=True)
     replays = QUICK_REPLAYS if quick else Settings.replays
-    settings = Settings(DTYPES[dtype], layout, replays, peers, skip)
+    settings = Settings(DTYPES[dtype], layout, replays, peers, skip, backend)
     command = shlex.join(["memformer-kernels", *sys.argv[1:]])
     together = {}
 

@@ -110,6 +110,9 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer replays: medians of 7 instead of 20.")] = False,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also time what users would pick today.")] = True,
     skip: Annotated[str, typer.Option(help="Leave out peers whose name contains this, such as Flex.")] = "",
+    backend: Annotated[
+        str, typer.Option(help="Of ours: auto, cuda, triton or eager. Two runs, each to its --out, can be compared.")
+    ] = "auto",
     suite: Annotated[
         Path | None, typer.Option(help="A suite and the ceilings of your GPU, in the form of benchmarking/ops.toml.")
     ] = None,
@@ -146,6 +149,7 @@ def bench(
         memformer-kernels bench --out results
         memformer-kernels bench --op read --pass backward --only M128 --quick
         memformer-kernels bench --shape "B=8 H=8 M=128 L=4096 D=64"
+        memformer-kernels bench --op write --backend triton --no-peers --out triton
         memformer-kernels bench --compare before.json after.json --plot compare.png --fail-above 1.05
     """
     if compare is not None:
@@ -168,6 +172,7 @@ def bench(
             quick=quick,
             peers=peers,
             skip=skip,
+            backend=backend,
             suite_file=suite,
             out=out,
         )
