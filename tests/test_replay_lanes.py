@@ -8,7 +8,7 @@ from replay_cells import assert_equal, of_module
 from torch import nn
 
 from memformer_kernels import MemformerLM, MemformerLMConfig
-from memformer_kernels.replay import CapturedCell, StagedCell, captured, memory_replay, rollout
+from memformer_kernels.replay import CapturedCell, StagedCell, capture, memory_replay, rollout
 from memformer_kernels.replay.lanes import ASIDE, Lanes
 from memformer_kernels.replay.python_part import PythonPart
 
@@ -45,7 +45,7 @@ def log(monkeypatch):
             if self.many:
                 events.append("join")
 
-    monkeypatch.setattr(captured, "Lanes", Logged)
+    monkeypatch.setattr(capture, "Lanes", Logged)
     for name in ("run_and_pull", "run_ahead", "pull"):
         method = getattr(PythonPart, name)
 
@@ -246,7 +246,7 @@ def test_what_the_third_lane_reads_is_held(monkeypatch):
             held.append(tensors)
             return super().aside(tensors)
 
-    monkeypatch.setattr(captured, "Lanes", Holding)
+    monkeypatch.setattr(capture, "Lanes", Holding)
     first, linear, head = (nn.Linear(4, 4) for _ in range(3))
 
     def prepare(segments):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, explain
-from memformer_kernels.replay import CapturedCell, StagedCell, captured, memory_replay
+from memformer_kernels.replay import CapturedCell, StagedCell, capture, memory_replay
 
 pytestmark = pytest.mark.guarantee("G16")
 
@@ -349,8 +349,8 @@ def test_what_another_forward_overwrites_is_made_again(monkeypatch):
     short = long[:2]
     cell = _captured(model.cell)
     forwards = []
-    run_again = captured._Capture.run_again
-    monkeypatch.setattr(captured._Capture, "run_again", lambda c, *a: forwards.append(c) or run_again(c, *a))
+    run_again = capture.Capture.run_again
+    monkeypatch.setattr(capture.Capture, "run_again", lambda c, *a: forwards.append(c) or run_again(c, *a))
 
     def loss(segments):
         return memory_replay(cell, segments, model.initial_memory(2), reduction="mean")[0]
@@ -365,7 +365,7 @@ def test_what_another_forward_overwrites_is_made_again(monkeypatch):
     assert len(forwards) == 1 and forwards[0] is cell._store.captures[0]
 
 
-class _Overwritten(captured.Recording):
+class _Overwritten(capture.Recording):
     """What a recording returned is run over by every later replay, as in the pool that graphs share."""
 
     returned: list = []
@@ -375,7 +375,7 @@ class _Overwritten(captured.Recording):
         for tensor in self.returned:
             if tensor.is_floating_point():
                 tensor.detach().fill_(torch.nan)
-        if isinstance(result, captured.Tree):
+        if isinstance(result, capture.Tree):
             self.returned[:] = result.tensors()
         else:
             grads, sums = result
@@ -386,7 +386,7 @@ class _Overwritten(captured.Recording):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @every_model
 def test_a_long_rollout_in_several_graphs(make, reduction, monkeypatch):
-    monkeypatch.setattr(captured, "Recording", _Overwritten)
+    monkeypatch.setattr(capture, "Recording", _Overwritten)
     model, segments = make(5)
     cell = CapturedCell(model.cell, segments_per_graph=2, always=True)
     expected = _gradients(model, _plain(model), segments, method="bptt", reduction=reduction)
@@ -572,7 +572,7 @@ def test_captures_are_let_go():
 
 def test_what_graphs_read_lies_side_by_side_at_addresses_of_16_bytes():
     given = [torch.randn(2, 4), torch.arange(3), torch.randn(2, 4).requires_grad_(), torch.arange(3), torch.ones(())]
-    inputs = captured._Inputs(given)
+    inputs = capture._Inputs(given)
     assert [t.requires_grad for t in inputs.tensors] == [False, False, True, False, False]
     assert all(t.data_ptr() % 16 == 0 for t in inputs.tensors)
     assert inputs.tensors[2].data_ptr() - inputs.tensors[0].data_ptr() == given[0].nbytes

@@ -111,7 +111,7 @@ class Passes:
         admitted = tape.admit(given)
         tape.given = len(tape.values)
         at_once = {} if self.weight is None else {"weight": self.weight}
-        lanes = self.lanes if self.weight is not None and self._graphs_beside(None) else None  # for the readout
+        lanes = self.lanes if self.weight is not None and self._runs_aside() else None  # for the readout
         outputs, final = run_parts(tape, self.parts, *admitted.whole(), budget=self.budget, lanes=lanes, **at_once)
         if self.weight is not None:
             outputs = tape.make_loss(weighed_sum(outputs, self.weight))
@@ -150,9 +150,9 @@ class Passes:
         lanes, lane_of = self.lanes, {}
         lanes.done(0)
         calls = [call for call in reversed(self.tape.calls) if call.early is None]
-        aside = self._graphs_beside(None)
+        aside = self._runs_aside()
         chain = [call for call in calls if call.part is self.parts.advance] if aside else calls
-        following = dict(zip(map(id, chain), chain[1:], strict=False)) if self._graphs_beside(2) else {}
+        following = dict(zip(map(id, chain), chain[1:], strict=False)) if self._runs_ahead() else {}
 
         def pull(call: Call, grads: Grads) -> None:
             found = call.part.pull(call.record, call.arguments_of(values), grads, totals[id(call.part)])
@@ -178,14 +178,21 @@ class Passes:
             lanes.done(lane)
         lanes.join()
 
-    def _graphs_beside(self, count: int | None) -> bool:
-        """Whether so many graphs of `advance` may stand at a time, or None: any. Where there are lanes for them; of
-        segments that are not large, nor dwarfed by their readout, which fills the GPU."""
-        sizes = {name: size or 0 for name, size in self.parts.sizes().items()}
-        advance = sizes["advance"]
-        if not self.lanes.many or advance > LARGE_GRAPH or 2 * advance < sum(sizes.values()):
-            return False
-        return self.budget is None or count is not None and count * advance <= self.budget
+    def _runs_aside(self) -> bool:
+        """Whether other parts run beside `advance`: the budget counts one graph at a time."""
+        return self.budget is None and self._leaves_room()
+
+    def _runs_ahead(self) -> bool:
+        """Whether the next segment runs again beside the backward of this one: two graphs of `advance` at a time."""
+        return self._leaves_room() and (self.budget is None or 2 * self._sizes()["advance"] <= self.budget)
+
+    def _leaves_room(self) -> bool:
+        """Whether there are lanes, and segments leave room on the GPU: they are not large, nor is their readout."""
+        sizes = self._sizes()
+        return self.lanes.many and sizes["advance"] <= LARGE_GRAPH and 2 * sizes["advance"] >= sum(sizes.values())
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: size or 0 for name, size in self.parts.sizes().items()}
 
 
 def differentiable(passes: Passes, versions: dict[Tensor, int], given: Tree) -> tuple[Any, Any]:
