@@ -24,11 +24,17 @@ cudaError_t concurrent_clusters(Kernel kernel, const cudaLaunchConfig_t& config,
 template <typename Traits>
 cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
   using T = typename Traits::T;
-  const int64_t tiles = ceil_div<int64_t>(params.L, Traits::kTokens), heads = params.B * params.H;
-  constexpr int kThreads = 256, kRows = kThreads / (Traits::kWidth / Vector<T>::kSize);
-  const int64_t row_blocks = ceil_div<int64_t>(heads * tiles * Traits::kTokens, kRows);
-  if (row_blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
+  const int64_t heads = params.B * params.H;
+  constexpr int kSlots = Traits::kBlocks * Traits::kSlots;  // of a cluster
+  const int64_t groups = ceil_div<int64_t>(params.M, kSlots);
+  if ((!Traits::kAlone && params.statistics == nullptr) || (groups > 1 && !(Traits::kGrouped && params.carry))) {
+    return cudaErrorInvalidValue;
+  }
   if constexpr (!Traits::kAlone) {
+    constexpr int kThreads = 256, kRows = kThreads / (Traits::kWidth / Vector<T>::kSize);
+    const int64_t tiles = ceil_div<int64_t>(params.L, Traits::kTokens);
+    const int64_t row_blocks = ceil_div<int64_t>(heads * tiles * Traits::kTokens, kRows);
+    if (row_blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
     const auto statistics = memory_read_backward_statistics_kernel<T, Traits::kWidth>;
     statistics<<<static_cast<unsigned>(row_blocks), kThreads, 0, params.stream>>>(params, tiles);
   }
@@ -47,9 +53,7 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
   if (error == cudaSuccess) error = map(&value, params.value, params.value_stride, params.M, Traits::kSlots);
   if (error != cudaSuccess) return error;
 
-  constexpr int kSlots = Traits::kBlocks * Traits::kSlots;  // of a cluster
   const int64_t chunks = ceil_div(params.L, params.chunk), parts = heads * chunks;
-  const int64_t groups = ceil_div<int64_t>(params.M, kSlots);
   if (parts > INT32_MAX || params.L > INT32_MAX - params.chunk || params.M > INT32_MAX - kSlots ||
       params.H * params.D > INT32_MAX / Traits::kTokens) {
     return cudaErrorInvalidConfiguration;
@@ -69,7 +73,7 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
 
 template <typename T, int kWidth>
 cudaError_t launch(const MemoryReadBackwardParams& params) {
-  if (params.M <= 128) return launch_kernels<ReadBackwardTraits<T, kWidth, 1>>(params);
+  if (params.M <= kMemoryReadBackwardAlone) return launch_kernels<ReadBackwardTraits<T, kWidth, 1>>(params);
   if (params.M <= 256) return launch_kernels<ReadBackwardTraits<T, kWidth, 2>>(params);
   if constexpr (kWidth == 64) {  // at wide heads there is no room for what does not divide the units
     if (params.M <= 384) return launch_kernels<ReadBackwardTraits<T, kWidth, 3>>(params);

@@ -2,6 +2,8 @@
 made of their results."""
 
 import importlib
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,13 @@ pytest.importorskip("triton")  # has the forward of few slots, and the stages ar
 
 def cuda_backend(op):
     return importlib.import_module(f"memformer_kernels.ops.{op}.cuda")
+
+
+def test_slots_of_a_block_are_those_of_the_kernels():
+    root = Path(__file__).parents[1] / "csrc/include/memformer_kernels"
+    headers = "".join((root / f"memory_{op}.h").read_text() for op in ("read", "write"))
+    sizes = re.findall(r"constexpr int kMemory\w+Backward(?:Alone|Slots) = (\d+);", headers)
+    assert sizes == ["128", "1024", "128"] and cuda_backend("memory_read").ALONE == 128
 
 
 @pytest.mark.guarantee("G14")

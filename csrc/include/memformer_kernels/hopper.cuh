@@ -228,8 +228,8 @@ __device__ __forceinline__ void store_global(float* target, float x, float y) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
 }
 
-// Stores two rows, eight apart, of what a product gave: row r from target + r * step on where it is inside, as far as
-// channels reach; 0 where it is not shown. Of 32 channels in 16 bits each of four lanes has eight.
+// Stores two rows, eight apart, of what a product gave, from target and from target + step on, as far as channels reach:
+// those that are inside, as 0 where they are not shown. Of 32 channels in 16 bits each of four lanes has eight.
 struct TwoRows {
   bool inside[2], shown[2] = {true, true};
 };
@@ -267,7 +267,8 @@ __device__ __forceinline__ void store_rows(float* target, int step, const TwoRow
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
       if (!rows.inside[r] || 8 * j + channel >= channels) break;
-      store_global(row + 8 * j, d[4 * j + 2 * r] * scale, d[4 * j + 2 * r + 1] * scale);
+      const float* two = d + 4 * j + 2 * r;
+      store_global(row + 8 * j, rows.shown[r] ? two[0] * scale : 0.0f, rows.shown[r] ? two[1] * scale : 0.0f);
     }
   }
 }

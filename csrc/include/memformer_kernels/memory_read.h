@@ -36,9 +36,11 @@ struct MemoryReadForwardParams {
 
 extern "C" cudaError_t memory_read_forward(const MemoryReadForwardParams* params);
 
-// Tokens of a tile of the backward, to a whole number of which its statistics are padded, and slots that stay on chip:
-// of more, `carry` takes the sum of the query's gradient from each group to the next.
+// Tokens of a tile of the backward, to a whole number of which its statistics are padded.
 constexpr int kMemoryReadBackwardTokens = 64;
+// Slots that one block holds, which then needs neither output nor statistics; and that a cluster of them does: of more,
+// `carry` takes the sum of the query's gradient from each group to the next.
+constexpr int kMemoryReadBackwardAlone = 128;
 constexpr int kMemoryReadBackwardSlots = 1024;
 
 struct MemoryReadBackwardParams {

@@ -30,7 +30,7 @@ struct ReadBackwardTraits : SlotTiles<T, kWidth> {
   static constexpr int kParts = kAlone ? 0 : kWide ? 2 : 3;  // tiles of what blocks send each other
   static constexpr int kStatistics = (kAlone ? 1 : 2) * kTokens * 4;
   static constexpr int kSums = kAlone ? (kGroups * kGroupThreads / kWarpSize + 1) * kTokens * 4 : 0;
-  static_assert(kTokens == kMemoryReadBackwardTokens);
+  static_assert(kTokens == kMemoryReadBackwardTokens && Tiles::kSlots == kMemoryReadBackwardAlone);
 
   // The query's gradient of a tile is added up in units of 16 tokens and 16 channels, which a warp holds: dealt to the
   // blocks of the cluster one after the other.
@@ -293,14 +293,21 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
   const int M = static_cast<int>(params.M);
   int first_slot = 0;   // of this block
   bool hides = false;   // some of its slots
-  bool visible[2];       // this thread's two
+  bool visible[2] = {};  // this thread's two
+  Rows left{};           // of this tile
   const auto slot_of = [&](int r) {
     return first_slot + group * kGroupRows + warp * 16 + fresh(lane) / 4 + 8 * r;
   };
   const auto hide = [&](float(&x)[kTokens / 2]) {
-    if (!hides) return;
+    if (hides) {
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) x[i] = visible[i / 2 % 2] ? x[i] : 0.0f;
+      for (int i = 0; i < kTokens / 2; ++i) x[i] = visible[i / 2 % 2] ? x[i] : 0.0f;
+    }
+    if (left.count < kTokens) {  // past the end there are zeros, which times an infinite key are NaN
+      const int token = fresh(lane) % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) x[i] = i / 4 * 8 + i % 2 + token < left.count ? x[i] : 0.0f;
+    }
   };
   const auto weigh = [&] {
     const uint32_t lse = shared.statistics(stage.place) + lane % 4 * 8;
@@ -364,7 +371,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
     const ReadBackwardItem at = read_backward_item<Traits>(params, work, item);
     const int row_size = static_cast<int>(params.H) * params.D, slot = slot_of(0);
     const int64_t first = ((at.chunk * params.B + at.batch) * params.M + slot) * row_size + at.head * params.D;
-    const TwoRows rows{{slot < M, slot + 8 < M}};
+    const TwoRows rows{{slot < M, slot + 8 < M}, {!hides || visible[0], !hides || visible[1]}};
     if (work.chunks == 1) {
       store_rows(static_cast<T*>(params.grad_key) + first, 8 * row_size, rows, grad_key, params.scale, params.D);
       store_rows(static_cast<T*>(params.grad_value) + first, 8 * row_size, rows, grad_value, 1.0f, params.D);
@@ -405,7 +412,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
 
   // A tile's part of the query's gradient is sent while the next tile is computed, and added up one more tile later, by
   // when the other blocks have sent theirs.
-  Rows left{}, ready{}, waiting{};  // of this tile, of the one to be sent, of the one to be added up
+  Rows ready{}, waiting{};  // of the tile to be sent, of the one to be added up
   if (!item.inside(work)) return;
   const auto take = [&] {
     const ReadBackwardItem of = read_backward_item<Traits>(params, work, item);

@@ -177,14 +177,10 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
   uint32_t visible[2] = {};
   const auto hide = [&](float(&x)[kTokens / 2]) {
     if ((visible[0] & visible[1]) == 0xffffffffu) return;
+    const int token = lane % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const bool seen = visible[j / 4] >> (8 * (j % 4) + lane % 4 * 2 + e) & 1;
-        x[4 * j + e] = seen ? x[4 * j + e] : 0.0f;
-        x[4 * j + 2 + e] = seen ? x[4 * j + 2 + e] : 0.0f;
-      }
+    for (int i = 0; i < kTokens / 2; ++i) {
+      x[i] = visible[i / 16] >> (i / 4 % 4 * 8 + i % 2 + token) & 1 ? x[i] : 0.0f;
     }
   };
   const auto weigh = [&] {

@@ -16,7 +16,7 @@ from memformer_kernels.triton_helpers import LOG2_E
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # names in the module
 ARCHITECTURE = 90  # and compiled for 90a: TMA and the matrix products of warpgroups are Hopper's alone
 LEAST_SLOTS = 65
-ALONE = 128  # slots that one block of the backward holds: it needs no output
+ALONE = 128  # slots that one block holds in the backward, which then needs no output
 LEAST_SLOTS_FORWARD = 321  # for fewer, the forward is Triton's
 VECTOR = 8  # elements of 16 bytes
 CHUNK = 8192  # tokens that one sum is over in the backward: one row of that many keeps a GPU busy

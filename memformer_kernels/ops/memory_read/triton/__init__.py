@@ -71,7 +71,7 @@ def _forward_plan(
     save,
     log_sum_exp,
 ) -> tuple[bool, bool, launch.Launcher]:
-    """`(whether log_sum_exp and rounding are saved, whether the kernel takes the second, launcher)`."""
+    """`(whether the backward here needs log_sum_exp and rounding, whether the kernel takes the second, launcher)`."""
     B, H, L, D = shape
     block_d = tiles.head_block(D)
     block_m = tiles.slot_tile(slots, dtype.itemsize, block_d, device)
@@ -118,8 +118,8 @@ def forward(
     saves_log_sum_exp: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(output, log_sum_exp, rounding)`: [B, H, L, D]; [B, H, L] in float32; [B, H, L, D]: what the rounding of the
-    output took away. The last two are None where the backward here needs none; with `saves_log_sum_exp` the first of
-    them is always saved."""
+    output took away. The last two are None without `save`, and where the backward here needs none; but for the first of
+    them with `saves_log_sum_exp`."""
     shape, slots = query.shape, key.shape[2]
     strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
     aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16 == 0
