@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,14 +21,16 @@ def sanitize(program, dtype):
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).is_file():
         return {"skipped": "no compute-sanitizer"}
-    found = {}
-    for check in ("memcheck", "synccheck", "racecheck"):
+
+    def run(check):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, program, "--small", str(dtype)[6:]]
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, f"{check}: {result.stdout[-1500:]}{result.stderr[-500:]}"
-        found[check] = result.stdout.strip().splitlines()[-1]
-    return found
+        return check, result.stdout.strip().splitlines()[-1]
+
+    with ThreadPoolExecutor() as pool:
+        return dict(pool.map(run, ("memcheck", "synccheck", "racecheck")))
 
 
 def main(description, report_name, checks, small_calls):
@@ -48,11 +52,13 @@ def main(description, report_name, checks, small_calls):
             name = f"{check.__name__.removeprefix('check_')} {str(dtype)[6:]}"
             if not any(part in name for part in options.only):
                 continue
+            start = time.perf_counter()
             try:
                 results[name] = {"passed": True} | check(dtype)
             except Exception as error:
                 results[name] = {"passed": False, "error": f"{type(error).__name__}: {error}"}
                 traceback.print_exc(limit=3)
+            results[name]["seconds"] = round(time.perf_counter() - start, 1)
             print("passed" if results[name]["passed"] else "FAILED", name, results[name], flush=True)
             (options.out / report_name).write_text(json.dumps(report, indent=2) + "\n")
     sys.exit(not all(result["passed"] for result in results.values()))
