@@ -1,16 +1,22 @@
 """The Python side of the attention kernels in CUDA C++, on a CPU: when they run, what is copied for them, and what is
 made of their results."""
 
-import importlib
+import contextlib
+import importlib.util
 import re
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from layouts import LAYOUTS, contiguous
 
-from memformer_kernels.testing import make_case, oracle, run
+from memformer_kernels.testing import make_case, run
 
+ROOT = Path(__file__).parents[1]
 pytest.importorskip("triton")  # has the forward of few slots, and the stages around the backward of the write
 
 
@@ -19,8 +25,7 @@ def cuda_backend(op):
 
 
 def test_slots_of_a_block_are_those_of_the_kernels():
-    root = Path(__file__).parents[1] / "csrc/include/memformer_kernels"
-    headers = "".join((root / f"memory_{op}.h").read_text() for op in ("read", "write"))
+    headers = "".join((ROOT / f"csrc/include/memformer_kernels/memory_{op}.h").read_text() for op in ("read", "write"))
     sizes = re.findall(r"constexpr int kMemory\w+Backward(?:Alone|Slots) = (\d+);", headers)
     assert sizes == ["128", "1024", "128"] and cuda_backend("memory_read").ALONE == 128
 
@@ -95,26 +100,65 @@ def test_backward_copies_what_tma_cannot(make, copied):
         assert in_vectors(taken) is taken
 
 
-def over_tokens(query, du, key, value, token_mask, log_sum_exp, delta, scale):
-    """What the kernel of the write's backward computes, by its definition."""
-    weights = (scale * (query @ key.mT - log_sum_exp[..., None])).exp()
-    scores = weights * (du @ value.mT - delta[..., None])
-    if token_mask is not None:
-        hidden = ~token_mask[:, None, None, :]
-        weights, scores = weights.masked_fill(hidden, 0), scores.masked_fill(hidden, 0)
-    chunk = cuda_backend("memory_write")._chunk(key.shape[2], key.shape[3])
-    parts = [s @ k for s, k in zip(scores.split(chunk, -1), key.split(chunk, 2), strict=True)]
-    return torch.stack(parts).transpose(2, 3).contiguous(), scale * scores.mT @ query, weights.mT @ du
+@pytest.fixture(scope="module")
+def compiled_for_cpu(tmp_path_factory):
+    """The bindings over `kernels_on_cpu.cpp`."""
+    pybind11, nvcc = pytest.importorskip("pybind11"), shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc, which knows where CUDA's headers are, is not on PATH")
+    path = tmp_path_factory.mktemp("kernels_on_cpu") / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = (ROOT / "csrc/include", pybind11.get_include(), sysconfig.get_paths()["include"])
+    command = [nvcc, "-std=c++20", "-O1", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    command += ['-DMEMFORMER_KERNELS_ARCHITECTURES="90a"', *(f"-I{folder}" for folder in includes)]
+    sources = ROOT / "csrc/bindings.cpp", ROOT / "tests/kernels_on_cpu.cpp"
+    done = subprocess.run([*command, *map(str, sources), "-o", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location("_C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.guarantee("G1")
-@pytest.mark.parametrize("change", [{}, {"tokens": 64}, {"masked": 0.4}, {"bias": False}, {"slots": 0}, {"tokens": 0}])
-def test_stages_around_the_writes_kernel_are_right(monkeypatch, nothing_left_over, registered, agree, change):
-    cuda = cuda_backend("memory_write")
-    monkeypatch.setattr(cuda, "_over_tokens", over_tokens)
-    monkeypatch.setattr(cuda, "CHUNK", 64)
-    case = make_case("memory_write", **{"slots": 9, "tokens": 150} | change)  # in three chunks
-    agree(run(case, function=registered("memory_write", "cuda")), oracle(case))
+@pytest.fixture
+def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
+    """`on_cpu(case)`: through the CUDA backend of the op, with kernels that compute on the CPU."""
+    from memformer_kernels import _extension, launch
+
+    monkeypatch.setattr(_extension, "load", lambda: compiled_for_cpu)
+    monkeypatch.setattr(_extension, "on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    for op in ("memory_read", "memory_write"):
+        for name in ("CHUNK", "WIDE_CHUNK", "CHUNK_ALONE"):
+            monkeypatch.setattr(cuda_backend(op), name, 64, raising=False)
+    launch.forget_plans()
+    yield lambda case: run(case, function=registered(case.op, "cuda"))
+    launch.forget_plans()
+
+
+@pytest.mark.guarantee("G1", "G11")
+@pytest.mark.parametrize("layout", [contiguous, *LAYOUTS])
+@pytest.mark.parametrize(
+    "op, sizes",
+    [
+        ("memory_read", dict(slots=65, tokens=130, masked=0.4)),  # in chunks
+        ("memory_read", dict(slots=128, tokens=64, width=20)),
+        ("memory_read", dict(slots=129, tokens=65, masked=0.4)),
+        ("memory_read", dict(slots=330, tokens=70, width=20)),  # the forward too
+        ("memory_read", dict(slots=1100, tokens=3, masked=0.4)),  # groups of slots
+        ("memory_read", dict(slots=70, tokens=0)),
+        ("memory_read", dict(slots=330, tokens=0)),
+        ("memory_write", dict(slots=65, tokens=130, masked=0.4)),
+        ("memory_write", dict(slots=70, tokens=64, width=20, bias=False)),
+        ("memory_write", dict(slots=66, tokens=1, carried_dtype=torch.float32)),
+        ("memory_write", dict(slots=0, tokens=3)),
+        ("memory_write", dict(slots=70, tokens=0)),
+    ],
+)
+def test_what_python_hands_to_the_kernels_is_right(on_cpu, op, sizes, layout, within_bound):
+    case = make_case(op, **{"batch": 2, "heads": 2, "dtype": torch.float16} | sizes)
+    fixed = ("slot_mask", "token_mask", "bias")
+    case = case.replace(**{n: layout(t) for n, t in case.tensors.items() if n not in fixed and t.numel()})
+    within_bound(on_cpu(case), case)
 
 
 @pytest.mark.guarantee("G8")

@@ -1,0 +1,214 @@
+// The launchers of the attention kernels by their definition, on memory of a CPU: what their structs say is all that it
+// reads and writes. Linked with csrc/bindings.cpp it makes a module that Python cannot tell from the compiled one.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "memformer_kernels/memory_forget.h"
+#include "memformer_kernels/memory_read.h"
+#include "memformer_kernels/memory_write.h"
+
+extern "C" const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid argument" : "not supported";
+}
+
+namespace memformer_kernels {
+namespace {
+
+float widen(__half value) { return __half2float(value); }
+float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+void narrow(float value, __half* to) { *to = __float2half_rn(value); }
+void narrow(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
+void narrow(float value, float* to) { *to = value; }
+
+// [B, H, rows, D] at any strides.
+template <typename T>
+struct Rows {
+  const T* data;
+  const int64_t (&stride)[4];
+  Rows(const void* data, const int64_t (&stride)[4]) : data(static_cast<const T*>(data)), stride(stride) {}
+  double operator()(int64_t b, int64_t h, int64_t row, int64_t c) const {
+    return widen(data[b * stride[0] + h * stride[1] + row * stride[2] + c * stride[3]]);
+  }
+  // Whether TMA would copy it.
+  bool in_vectors(int64_t B, int64_t H, int64_t rows) const {
+    const int64_t sizes[3] = {B, H, rows};
+    bool takes = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[3] == 1;
+    for (int i = 0; i < 3; ++i) takes = takes && (sizes[i] == 1 || (stride[i] > 0 && stride[i] % 8 == 0));
+    return takes;
+  }
+};
+
+template <typename T>
+double dot(const Rows<T>& a, int64_t i, const Rows<T>& b, int64_t j, int64_t batch, int64_t head, int D) {
+  double sum = 0;
+  for (int c = 0; c < D; ++c) sum += a(batch, head, i, c) * b(batch, head, j, c);
+  return sum;
+}
+
+bool is_visible(const uint8_t* mask, const int64_t (&stride)[2], int64_t batch, int64_t at) {
+  return mask == nullptr || mask[batch * stride[0] + at * stride[1]];
+}
+
+template <typename T>
+cudaError_t read_forward(const MemoryReadForwardParams& p) {
+  const Rows<T> query(p.query, p.query_stride), key(p.key, p.key_stride), value(p.value, p.value_stride);
+  const double scale = p.log2_scale * std::log(2.0);
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t h = 0; h < p.H; ++h)
+      for (int64_t l = 0; l < p.L; ++l) {
+        std::vector<double> weight(p.M), sum(p.D);
+        double top = -INFINITY, total = 0;
+        for (int64_t m = 0; m < p.M; ++m) {
+          weight[m] = is_visible(p.slot_mask, p.slot_mask_stride, b, m) ? dot(query, l, key, m, b, h, p.D) : -INFINITY;
+          top = std::max(top, weight[m]);
+        }
+        for (int64_t m = 0; m < p.M && top > -INFINITY; ++m) {
+          if (weight[m] == -INFINITY) continue;
+          const double w = std::exp(scale * (weight[m] - top));
+          total += w;
+          for (int c = 0; c < p.D; ++c) sum[c] += w * value(b, h, m, c);
+        }
+        if (p.log_sum_exp != nullptr) {
+          p.log_sum_exp[(b * p.H + h) * p.L + l] = total > 0 ? top + std::log(total) / scale : 0;
+        }
+        for (int c = 0; c < p.D; ++c) {
+          const int64_t at = ((b * p.L + l) * p.H + h) * p.D + c;
+          const float exact = total > 0 ? sum[c] / total : 0;
+          T rounded, lost;
+          narrow(exact, &rounded);
+          narrow(exact - widen(rounded), &lost);
+          static_cast<T*>(p.output)[at] = rounded;
+          if (p.rounding != nullptr) static_cast<T*>(p.rounding)[at] = lost;
+        }
+      }
+  return cudaSuccess;
+}
+
+// What rows take from keys, and what comes back: of a head, over the rows from `first` to `last`.
+struct Gradients {
+  std::vector<double> query, key, value;
+};
+template <typename T, typename Delta>
+Gradients differentiate(const Rows<T>& query, const Rows<T>& grad, const Rows<T>& key, const Rows<T>& value, int64_t b,
+                        int64_t h, int64_t rows, int64_t first_key, int64_t last_key, int64_t first, int64_t last,
+                        int D, double scale, const uint8_t* mask, const int64_t (&mask_stride)[2],
+                        const float* log_sum_exp, Delta delta) {
+  Gradients g{std::vector<double>(rows * D), std::vector<double>(last_key * D), std::vector<double>(last_key * D)};
+  for (int64_t i = first; i < last; ++i) {
+    std::vector<double> weight(last_key), weight_grad(last_key);
+    for (int64_t j = first_key; j < last_key; ++j) {
+      if (!is_visible(mask, mask_stride, b, j)) continue;
+      weight[j] = std::exp(scale * (dot(query, i, key, j, b, h, D) - log_sum_exp[i]));
+      weight_grad[j] = dot(grad, i, value, j, b, h, D);
+    }
+    const double of_row = delta(i, weight, weight_grad);
+    for (int64_t j = first_key; j < last_key; ++j) {
+      if (!is_visible(mask, mask_stride, b, j)) continue;
+      const double score = weight[j] * (weight_grad[j] - of_row);
+      for (int c = 0; c < D; ++c) {
+        g.query[i * D + c] += score * key(b, h, j, c);
+        g.key[j * D + c] += scale * score * query(b, h, i, c);
+        g.value[j * D + c] += weight[j] * grad(b, h, i, c);
+      }
+    }
+  }
+  return g;
+}
+
+template <typename T>
+cudaError_t read_backward(const MemoryReadBackwardParams& p) {
+  const Rows<T> grad(p.grad_output, p.grad_output_stride), query(p.query, p.query_stride);
+  const Rows<T> key(p.key, p.key_stride), value(p.value, p.value_stride);
+  const bool alone = p.M <= kMemoryReadBackwardAlone;
+  const bool fits = p.D % 8 == 0 && p.chunk % kMemoryReadBackwardTokens == 0 && grad.in_vectors(p.B, p.H, p.L) &&
+                    query.in_vectors(p.B, p.H, p.L) && key.in_vectors(p.B, p.H, p.M) &&
+                    value.in_vectors(p.B, p.H, p.M);
+  if (!fits || (p.statistics == nullptr) != alone || (p.output == nullptr) != alone ||
+      (p.carry == nullptr) != (p.M <= kMemoryReadBackwardSlots)) {
+    return cudaErrorInvalidValue;
+  }
+  const int64_t chunks = (p.L + p.chunk - 1) / p.chunk;
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t h = 0; h < p.H; ++h)
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t first = chunk * p.chunk, last = std::min(p.L, first + p.chunk);
+        const auto delta = [&](int64_t l, const std::vector<double>& weight, const std::vector<double>& weight_grad) {
+          double sum = 0;
+          if (alone) {
+            for (int64_t m = 0; m < p.M; ++m) sum += weight[m] * weight_grad[m];
+            return sum;
+          }
+          for (int c = 0; c < p.D; ++c) {
+            const int64_t at = ((b * p.L + l) * p.H + h) * p.D + c;
+            const double output = widen(static_cast<const T*>(p.output)[at]);
+            sum += grad(b, h, l, c) * (output + widen(static_cast<const T*>(p.rounding)[at]));
+          }
+          return sum;
+        };
+        const Gradients g = differentiate(query, grad, key, value, b, h, p.L, 0, p.M, first, last, p.D, p.scale,
+                                          p.slot_mask, p.slot_mask_stride, p.log_sum_exp + (b * p.H + h) * p.L, delta);
+        for (int64_t l = first; l < last; ++l)
+          for (int c = 0; c < p.D; ++c)
+            narrow(p.scale * g.query[l * p.D + c], static_cast<T*>(p.grad_query) + ((b * p.L + l) * p.H + h) * p.D + c);
+        for (int64_t m = 0; m < p.M; ++m)
+          for (int c = 0; c < p.D; ++c) {
+            const int64_t at = (((chunk * p.B + b) * p.M + m) * p.H + h) * p.D + c;
+            if (chunks == 1) {
+              narrow(g.key[m * p.D + c], static_cast<T*>(p.grad_key) + at);
+              narrow(g.value[m * p.D + c], static_cast<T*>(p.grad_value) + at);
+            } else {
+              narrow(g.key[m * p.D + c], static_cast<float*>(p.grad_key) + at);
+              narrow(g.value[m * p.D + c], static_cast<float*>(p.grad_value) + at);
+            }
+          }
+      }
+  return cudaSuccess;
+}
+
+template <typename T>
+cudaError_t write_backward(const MemoryWriteBackwardParams& p) {
+  const Rows<T> query(p.query, p.query_stride), du(p.du, p.du_stride);
+  const Rows<T> key(p.key, p.key_stride), value(p.value, p.value_stride);
+  if (p.D % 8 != 0 || p.chunk % 64 != 0 || p.M > kMemoryWriteBackwardSlots || !query.in_vectors(p.B, p.H, p.M) ||
+      !du.in_vectors(p.B, p.H, p.M) || !key.in_vectors(p.B, p.H, p.L) || !value.in_vectors(p.B, p.H, p.L)) {
+    return cudaErrorInvalidValue;
+  }
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t h = 0; h < p.H; ++h)
+      for (int64_t chunk = 0; chunk * p.chunk < p.L; ++chunk) {
+        const int64_t first = chunk * p.chunk, last = std::min(p.L, first + p.chunk), head = (b * p.H + h) * p.M;
+        const auto delta = [&](int64_t m, const auto&, const auto&) { return p.delta[head + m]; };
+        const Gradients g = differentiate(query, du, key, value, b, h, p.M, first, last, 0, p.M, p.D, p.scale,
+                                          p.token_mask, p.token_mask_stride, p.log_sum_exp + head, delta);
+        for (int c = 0; c < p.D; ++c) {
+          for (int64_t m = 0; m < p.M; ++m)
+            p.partial[(((chunk * p.B + b) * p.M + m) * p.H + h) * p.D + c] = g.query[m * p.D + c];
+          for (int64_t l = first; l < last; ++l) {
+            const int64_t at = ((b * p.L + l) * p.H + h) * p.D + c;
+            narrow(g.key[l * p.D + c], static_cast<T*>(p.grad_key) + at);
+            narrow(g.value[l * p.D + c], static_cast<T*>(p.grad_value) + at);
+          }
+        }
+      }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+extern "C" cudaError_t memory_read_forward(const MemoryReadForwardParams* p) {
+  return p->dtype == DType::kFloat16 ? read_forward<__half>(*p) : read_forward<__nv_bfloat16>(*p);
+}
+extern "C" cudaError_t memory_read_backward(const MemoryReadBackwardParams* p) {
+  return p->dtype == DType::kFloat16 ? read_backward<__half>(*p) : read_backward<__nv_bfloat16>(*p);
+}
+extern "C" cudaError_t memory_write_backward(const MemoryWriteBackwardParams* p) {
+  return p->dtype == DType::kFloat16 ? write_backward<__half>(*p) : write_backward<__nv_bfloat16>(*p);
+}
+extern "C" cudaError_t memory_forget_forward(const MemoryForgetForwardParams*) { return cudaErrorNotSupported; }
+extern "C" cudaError_t memory_forget_backward(const MemoryForgetBackwardParams*) { return cudaErrorNotSupported; }
+
+}  // namespace memformer_kernels
