@@ -1,13 +1,15 @@
 // memformer_kernels._C: the table of contents of the compiled module.
 //
-// Tensors arrive as addresses and strides in elements; the Python side has checked and allocated them. Nothing here
+// Tensors arrive as addresses, with strides in elements; the Python side has checked and allocated them. Nothing here
 // knows PyTorch, so one build serves every version of it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "memformer_kernels/memory_forget.h"
 #include "memformer_kernels/memory_read.h"
@@ -16,12 +18,25 @@
 namespace py = pybind11;
 namespace mk = memformer_kernels;
 
+// A pair of an address and strides.
+template <int kDims, typename T>
+struct pybind11::detail::type_caster<mk::Strided<kDims, T>> {
+  using Tensor = mk::Strided<kDims, T>;
+  using Pair = std::pair<uintptr_t, std::array<int64_t, kDims>>;
+  PYBIND11_TYPE_CASTER(Tensor, const_name("tuple[int, tuple[int, ...]]"));
+  bool load(handle source, bool convert) {
+    make_caster<Pair> pair;
+    if (!pair.load(source, convert)) return false;
+    const auto [address, stride] = cast_op<Pair>(pair);
+    value.data = reinterpret_cast<T*>(address);
+    std::copy(stride.begin(), stride.end(), value.stride);
+    return true;
+  }
+};
+
 namespace {
 
 using Address = uintptr_t;
-using Stride2 = std::array<int64_t, 2>;
-using Stride3 = std::array<int64_t, 3>;
-using Stride4 = std::array<int64_t, 4>;
 
 template <typename T = void>
 T* pointer(Address address) {
@@ -34,15 +49,12 @@ void check(const char* function, cudaError_t error) {
   }
 }
 
-void memory_forget_forward(int dtype, Address slots, Stride3 slots_stride, Address bias, Stride2 bias_stride,
-                           Address output, Address inv_norm, int64_t B, int64_t M, int C, float inv_eps,
-                           Address stream) {
+void memory_forget_forward(int dtype, mk::Strided<3> slots, mk::Strided<2> bias, Address output, Address inv_norm,
+                           int64_t B, int64_t M, int C, float inv_eps, Address stream) {
   const mk::MemoryForgetForwardParams params{
       .dtype = static_cast<mk::DType>(dtype),
-      .slots = pointer(slots),
-      .slots_stride = {slots_stride[0], slots_stride[1], slots_stride[2]},
-      .bias = pointer(bias),
-      .bias_stride = {bias_stride[0], bias_stride[1]},
+      .slots = slots,
+      .bias = bias,
       .output = pointer(output),
       .inv_norm = pointer<float>(inv_norm),
       .B = B,
@@ -54,18 +66,14 @@ void memory_forget_forward(int dtype, Address slots, Stride3 slots_stride, Addre
   check("memory_forget_forward", mk::memory_forget_forward(&params));
 }
 
-void memory_forget_backward(int dtype, Address grad_output, Stride3 grad_output_stride, Address slots,
-                            Stride3 slots_stride, Address bias, Stride2 bias_stride, Address inv_norm,
-                            Address grad_slots, Address grad_bias, Address partial, int64_t groups, int64_t group_size,
-                            int64_t B, int64_t M, int C, float inv_eps, Address stream) {
+void memory_forget_backward(int dtype, mk::Strided<3> grad_output, mk::Strided<3> slots, mk::Strided<2> bias,
+                            Address inv_norm, Address grad_slots, Address grad_bias, Address partial, int64_t groups,
+                            int64_t group_size, int64_t B, int64_t M, int C, float inv_eps, Address stream) {
   const mk::MemoryForgetBackwardParams params{
       .dtype = static_cast<mk::DType>(dtype),
-      .grad_output = pointer(grad_output),
-      .grad_output_stride = {grad_output_stride[0], grad_output_stride[1], grad_output_stride[2]},
-      .slots = pointer(slots),
-      .slots_stride = {slots_stride[0], slots_stride[1], slots_stride[2]},
-      .bias = pointer(bias),
-      .bias_stride = {bias_stride[0], bias_stride[1]},
+      .grad_output = grad_output,
+      .slots = slots,
+      .bias = bias,
       .inv_norm = pointer<const float>(inv_norm),
       .grad_slots = pointer(grad_slots),
       .grad_bias = pointer(grad_bias),
@@ -81,20 +89,15 @@ void memory_forget_backward(int dtype, Address grad_output, Stride3 grad_output_
   check("memory_forget_backward", mk::memory_forget_backward(&params));
 }
 
-void memory_read_forward(int dtype, Address query, Stride4 query_stride, Address key, Stride4 key_stride,
-                         Address value, Stride4 value_stride, Address slot_mask, Stride2 slot_mask_stride,
+void memory_read_forward(int dtype, mk::Strided<4> query, mk::Strided<4> key, mk::Strided<4> value, mk::Mask slot_mask,
                          Address output, Address log_sum_exp, Address rounding, int64_t B, int64_t H, int64_t L,
                          int64_t M, int D, float log2_scale, int multiprocessors, Address stream) {
   const mk::MemoryReadForwardParams params{
       .dtype = static_cast<mk::DType>(dtype),
-      .query = pointer(query),
-      .query_stride = {query_stride[0], query_stride[1], query_stride[2], query_stride[3]},
-      .key = pointer(key),
-      .key_stride = {key_stride[0], key_stride[1], key_stride[2], key_stride[3]},
-      .value = pointer(value),
-      .value_stride = {value_stride[0], value_stride[1], value_stride[2], value_stride[3]},
-      .slot_mask = pointer<const uint8_t>(slot_mask),
-      .slot_mask_stride = {slot_mask_stride[0], slot_mask_stride[1]},
+      .query = query,
+      .key = key,
+      .value = value,
+      .slot_mask = slot_mask,
       .output = pointer(output),
       .log_sum_exp = pointer<float>(log_sum_exp),
       .rounding = pointer(rounding),
@@ -110,25 +113,18 @@ void memory_read_forward(int dtype, Address query, Stride4 query_stride, Address
   check("memory_read_forward", mk::memory_read_forward(&params));
 }
 
-void memory_read_backward(int dtype, Address grad_output, Stride4 grad_output_stride, Address query,
-                          Stride4 query_stride, Address key, Stride4 key_stride, Address value, Stride4 value_stride,
-                          Address slot_mask, Stride2 slot_mask_stride, Address output, Address rounding,
+void memory_read_backward(int dtype, mk::Strided<4> grad_output, mk::Strided<4> query, mk::Strided<4> key,
+                          mk::Strided<4> value, mk::Mask slot_mask, Address output, Address rounding,
                           Address log_sum_exp, Address statistics, Address carry, Address grad_query, Address grad_key,
                           Address grad_value, int64_t B, int64_t H, int64_t L, int64_t M, int D, int64_t chunk,
                           float scale, float log2_scale, Address stream) {
   const mk::MemoryReadBackwardParams params{
       .dtype = static_cast<mk::DType>(dtype),
-      .grad_output = pointer(grad_output),
-      .grad_output_stride = {grad_output_stride[0], grad_output_stride[1], grad_output_stride[2],
-                             grad_output_stride[3]},
-      .query = pointer(query),
-      .query_stride = {query_stride[0], query_stride[1], query_stride[2], query_stride[3]},
-      .key = pointer(key),
-      .key_stride = {key_stride[0], key_stride[1], key_stride[2], key_stride[3]},
-      .value = pointer(value),
-      .value_stride = {value_stride[0], value_stride[1], value_stride[2], value_stride[3]},
-      .slot_mask = pointer<const uint8_t>(slot_mask),
-      .slot_mask_stride = {slot_mask_stride[0], slot_mask_stride[1]},
+      .grad_output = grad_output,
+      .query = query,
+      .key = key,
+      .value = value,
+      .slot_mask = slot_mask,
       .output = pointer(output),
       .rounding = pointer(rounding),
       .log_sum_exp = pointer<const float>(log_sum_exp),
@@ -150,23 +146,17 @@ void memory_read_backward(int dtype, Address grad_output, Stride4 grad_output_st
   check("memory_read_backward", mk::memory_read_backward(&params));
 }
 
-void memory_write_backward(int dtype, Address query, Stride4 query_stride, Address du, Stride4 du_stride, Address key,
-                           Stride4 key_stride, Address value, Stride4 value_stride, Address token_mask,
-                           Stride2 token_mask_stride, Address log_sum_exp, Address delta, Address partial,
-                           Address grad_key, Address grad_value, int64_t B, int64_t H, int64_t L, int64_t M, int D,
-                           int64_t chunk, float scale, float log2_scale, int multiprocessors, Address stream) {
+void memory_write_backward(int dtype, mk::Strided<4> query, mk::Strided<4> du, mk::Strided<4> key, mk::Strided<4> value,
+                           mk::Mask token_mask, Address log_sum_exp, Address delta, Address partial, Address grad_key,
+                           Address grad_value, int64_t B, int64_t H, int64_t L, int64_t M, int D, int64_t chunk,
+                           float scale, float log2_scale, int multiprocessors, Address stream) {
   const mk::MemoryWriteBackwardParams params{
       .dtype = static_cast<mk::DType>(dtype),
-      .query = pointer(query),
-      .query_stride = {query_stride[0], query_stride[1], query_stride[2], query_stride[3]},
-      .du = pointer(du),
-      .du_stride = {du_stride[0], du_stride[1], du_stride[2], du_stride[3]},
-      .key = pointer(key),
-      .key_stride = {key_stride[0], key_stride[1], key_stride[2], key_stride[3]},
-      .value = pointer(value),
-      .value_stride = {value_stride[0], value_stride[1], value_stride[2], value_stride[3]},
-      .token_mask = pointer<const uint8_t>(token_mask),
-      .token_mask_stride = {token_mask_stride[0], token_mask_stride[1]},
+      .query = query,
+      .du = du,
+      .key = key,
+      .value = value,
+      .token_mask = token_mask,
       .log_sum_exp = pointer<const float>(log_sum_exp),
       .delta = pointer<const float>(delta),
       .partial = pointer<float>(partial),

@@ -33,9 +33,9 @@ extern "C" cudaError_t memory_forget_backward(const MemoryForgetBackwardParams* 
   return dispatch(params->dtype, [params](auto element) {
     using T = decltype(element);
     const bool vectorized = params->C % Vector<T>::kSize == 0 &&
-                            has_vector_rows<T>(params->grad_output, params->grad_output_stride) &&
-                            has_vector_rows<T>(params->slots, params->slots_stride) &&
-                            has_vector_rows<T>(params->bias, params->bias_stride);
+                            has_vector_rows<T>(params->grad_output) &&
+                            has_vector_rows<T>(params->slots) &&
+                            has_vector_rows<T>(params->bias);
     if (!vectorized) return launch<T, false, 1>(*params);
     return params->C <= kWidthLimit<kBackwardRows> ? launch<T, true, kBackwardRows>(*params)
                                                    : launch<T, true, 1>(*params);

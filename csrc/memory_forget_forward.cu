@@ -20,8 +20,8 @@ extern "C" cudaError_t memory_forget_forward(const MemoryForgetForwardParams* pa
   return dispatch(params->dtype, [params](auto element) {
     using T = decltype(element);
     const bool vectorized = params->C % Vector<T>::kSize == 0 &&
-                            has_vector_rows<T>(params->slots, params->slots_stride) &&
-                            has_vector_rows<T>(params->bias, params->bias_stride);
+                            has_vector_rows<T>(params->slots) &&
+                            has_vector_rows<T>(params->bias);
     if (!vectorized) return launch<T, false, 1>(*params);
     return params->C <= kWidthLimit<kForwardRows> ? launch<T, true, kForwardRows>(*params)
                                                   : launch<T, true, 1>(*params);

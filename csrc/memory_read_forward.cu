@@ -11,12 +11,12 @@ cudaError_t launch_kernel(const MemoryReadForwardParams& params) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
   CUtensorMap query{}, key{}, value{};
   if constexpr (!Traits::kGeneral) {
-    const auto map = [&params](CUtensorMap* map, const void* data, const int64_t (&stride)[4], int64_t rows, int box) {
-      return make_tensor_map(map, params.dtype, data, stride, params.B, params.H, rows, params.D, box);
+    const auto map = [&params](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
+      return make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
     };
-    if (error == cudaSuccess) error = map(&query, params.query, params.query_stride, params.L, Traits::kRows);
-    if (error == cudaSuccess) error = map(&key, params.key, params.key_stride, params.M, Traits::kSlots);
-    if (error == cudaSuccess) error = map(&value, params.value, params.value_stride, params.M, Traits::kSlots);
+    if (error == cudaSuccess) error = map(&query, params.query, params.L, Traits::kRows);
+    if (error == cudaSuccess) error = map(&key, params.key, params.M, Traits::kSlots);
+    if (error == cudaSuccess) error = map(&value, params.value, params.M, Traits::kSlots);
   }
   if (error != cudaSuccess) return error;
   const int64_t tiles = ceil_div<int64_t>(params.L, Traits::kRows) * params.B * params.H;
@@ -35,11 +35,11 @@ cudaError_t launch(const MemoryReadForwardParams& params) {
 
 template <typename T>
 cudaError_t launch(const MemoryReadForwardParams& params) {
-  const auto takes = [&params](const void* data, const int64_t(&stride)[4], int64_t rows) {
-    return tensor_map_takes(data, stride, params.B, params.H, rows);
+  const auto takes = [&params](const Strided<4>& tensor, int64_t rows) {
+    return tensor_map_takes(tensor, params.B, params.H, rows);
   };
-  const bool tma = params.slot_mask == nullptr && takes(params.query, params.query_stride, params.L) &&
-                   takes(params.key, params.key_stride, params.M) && takes(params.value, params.value_stride, params.M);
+  const bool tma = params.slot_mask.data == nullptr && takes(params.query, params.L) && takes(params.key, params.M) &&
+                   takes(params.value, params.M);
   return tma ? launch<T, false>(params) : launch<T, true>(params);
 }
 

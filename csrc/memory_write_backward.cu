@@ -20,14 +20,14 @@ cudaError_t launch(const MemoryWriteBackwardParams& params) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
   if (error != cudaSuccess) return error;
   CUtensorMap query{}, du{}, key{}, value{};
-  const auto map = [&params](CUtensorMap* map, const void* data, const int64_t(&stride)[4], int64_t rows, int box) {
-    if (!tensor_map_takes(data, stride, params.B, params.H, rows)) return cudaErrorInvalidValue;
-    return make_tensor_map(map, params.dtype, data, stride, params.B, params.H, rows, params.D, box);
+  const auto map = [&params](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
+    if (!tensor_map_takes(tensor, params.B, params.H, rows)) return cudaErrorInvalidValue;
+    return make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
   };
-  error = map(&query, params.query, params.query_stride, params.M, Traits::kSlots);
-  if (error == cudaSuccess) error = map(&du, params.du, params.du_stride, params.M, Traits::kSlots);
-  if (error == cudaSuccess) error = map(&key, params.key, params.key_stride, params.L, Traits::kTokens);
-  if (error == cudaSuccess) error = map(&value, params.value, params.value_stride, params.L, Traits::kTokens);
+  error = map(&query, params.query, params.M, Traits::kSlots);
+  if (error == cudaSuccess) error = map(&du, params.du, params.M, Traits::kSlots);
+  if (error == cudaSuccess) error = map(&key, params.key, params.L, Traits::kTokens);
+  if (error == cudaSuccess) error = map(&value, params.value, params.L, Traits::kTokens);
   if (error != cudaSuccess) return error;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(parts, params.multiprocessors));
   kernel<<<blocks, Traits::kThreads, Traits::kShared, params.stream>>>(

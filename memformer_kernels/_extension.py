@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from memformer_kernels.compiling import constant
 
@@ -41,6 +42,16 @@ def why_not_on(device_index: int) -> str | None:
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes `device` the current one where it is not."""
     return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of a contiguous tensor, or 0 for none, as the module takes it."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def strided(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """Address and strides of a tensor, or of no mask, as the module takes them."""
+    return (0, (0, 0)) if tensor is None else (tensor.data_ptr(), tensor.stride())
 
 
 def report() -> dict[str, str | bool | None]:

@@ -1,8 +1,9 @@
-// The launchers of the attention kernels by their definition, on memory of a CPU: what their structs say is all that it
+// The launchers of the kernels by their definition, on memory of a CPU: what their structs say is all that it
 // reads and writes. Linked with csrc/bindings.cpp it makes a module that Python cannot tell from the compiled one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -29,7 +30,7 @@ template <typename T>
 struct Rows {
   const T* data;
   const int64_t (&stride)[4];
-  Rows(const void* data, const int64_t (&stride)[4]) : data(static_cast<const T*>(data)), stride(stride) {}
+  explicit Rows(const Strided<4>& tensor) : data(static_cast<const T*>(tensor.data)), stride(tensor.stride) {}
   double operator()(int64_t b, int64_t h, int64_t row, int64_t c) const {
     return widen(data[b * stride[0] + h * stride[1] + row * stride[2] + c * stride[3]]);
   }
@@ -49,13 +50,13 @@ double dot(const Rows<T>& a, int64_t i, const Rows<T>& b, int64_t j, int64_t bat
   return sum;
 }
 
-bool is_visible(const uint8_t* mask, const int64_t (&stride)[2], int64_t batch, int64_t at) {
-  return mask == nullptr || mask[batch * stride[0] + at * stride[1]];
+bool is_visible(const Mask& mask, int64_t batch, int64_t at) {
+  return mask.data == nullptr || mask.data[batch * mask.stride[0] + at * mask.stride[1]];
 }
 
 template <typename T>
 cudaError_t read_forward(const MemoryReadForwardParams& p) {
-  const Rows<T> query(p.query, p.query_stride), key(p.key, p.key_stride), value(p.value, p.value_stride);
+  const Rows<T> query(p.query), key(p.key), value(p.value);
   const double scale = p.log2_scale * std::log(2.0);
   for (int64_t b = 0; b < p.B; ++b)
     for (int64_t h = 0; h < p.H; ++h)
@@ -63,7 +64,7 @@ cudaError_t read_forward(const MemoryReadForwardParams& p) {
         std::vector<double> weight(p.M), sum(p.D);
         double top = -INFINITY, total = 0;
         for (int64_t m = 0; m < p.M; ++m) {
-          weight[m] = is_visible(p.slot_mask, p.slot_mask_stride, b, m) ? dot(query, l, key, m, b, h, p.D) : -INFINITY;
+          weight[m] = is_visible(p.slot_mask, b, m) ? dot(query, l, key, m, b, h, p.D) : -INFINITY;
           top = std::max(top, weight[m]);
         }
         for (int64_t m = 0; m < p.M && top > -INFINITY; ++m) {
@@ -95,19 +96,18 @@ struct Gradients {
 template <typename T, typename Delta>
 Gradients differentiate(const Rows<T>& query, const Rows<T>& grad, const Rows<T>& key, const Rows<T>& value, int64_t b,
                         int64_t h, int64_t rows, int64_t first_key, int64_t last_key, int64_t first, int64_t last,
-                        int D, double scale, const uint8_t* mask, const int64_t (&mask_stride)[2],
-                        const float* log_sum_exp, Delta delta) {
+                        int D, double scale, const Mask& mask, const float* log_sum_exp, Delta delta) {
   Gradients g{std::vector<double>(rows * D), std::vector<double>(last_key * D), std::vector<double>(last_key * D)};
   for (int64_t i = first; i < last; ++i) {
     std::vector<double> weight(last_key), weight_grad(last_key);
     for (int64_t j = first_key; j < last_key; ++j) {
-      if (!is_visible(mask, mask_stride, b, j)) continue;
+      if (!is_visible(mask, b, j)) continue;
       weight[j] = std::exp(scale * (dot(query, i, key, j, b, h, D) - log_sum_exp[i]));
       weight_grad[j] = dot(grad, i, value, j, b, h, D);
     }
     const double of_row = delta(i, weight, weight_grad);
     for (int64_t j = first_key; j < last_key; ++j) {
-      if (!is_visible(mask, mask_stride, b, j)) continue;
+      if (!is_visible(mask, b, j)) continue;
       const double score = weight[j] * (weight_grad[j] - of_row);
       for (int c = 0; c < D; ++c) {
         g.query[i * D + c] += score * key(b, h, j, c);
@@ -121,8 +121,8 @@ Gradients differentiate(const Rows<T>& query, const Rows<T>& grad, const Rows<T>
 
 template <typename T>
 cudaError_t read_backward(const MemoryReadBackwardParams& p) {
-  const Rows<T> grad(p.grad_output, p.grad_output_stride), query(p.query, p.query_stride);
-  const Rows<T> key(p.key, p.key_stride), value(p.value, p.value_stride);
+  const Rows<T> grad(p.grad_output), query(p.query);
+  const Rows<T> key(p.key), value(p.value);
   const bool alone = p.M <= kMemoryReadBackwardAlone;
   const bool fits = p.D % 8 == 0 && p.chunk % kMemoryReadBackwardTokens == 0 && grad.in_vectors(p.B, p.H, p.L) &&
                     query.in_vectors(p.B, p.H, p.L) && key.in_vectors(p.B, p.H, p.M) &&
@@ -150,7 +150,7 @@ cudaError_t read_backward(const MemoryReadBackwardParams& p) {
           return sum;
         };
         const Gradients g = differentiate(query, grad, key, value, b, h, p.L, 0, p.M, first, last, p.D, p.scale,
-                                          p.slot_mask, p.slot_mask_stride, p.log_sum_exp + (b * p.H + h) * p.L, delta);
+                                          p.slot_mask, p.log_sum_exp + (b * p.H + h) * p.L, delta);
         for (int64_t l = first; l < last; ++l)
           for (int c = 0; c < p.D; ++c)
             narrow(p.scale * g.query[l * p.D + c], static_cast<T*>(p.grad_query) + ((b * p.L + l) * p.H + h) * p.D + c);
@@ -171,8 +171,8 @@ cudaError_t read_backward(const MemoryReadBackwardParams& p) {
 
 template <typename T>
 cudaError_t write_backward(const MemoryWriteBackwardParams& p) {
-  const Rows<T> query(p.query, p.query_stride), du(p.du, p.du_stride);
-  const Rows<T> key(p.key, p.key_stride), value(p.value, p.value_stride);
+  const Rows<T> query(p.query), du(p.du);
+  const Rows<T> key(p.key), value(p.value);
   if (p.D % 8 != 0 || p.chunk % 64 != 0 || p.M > kMemoryWriteBackwardSlots || !query.in_vectors(p.B, p.H, p.M) ||
       !du.in_vectors(p.B, p.H, p.M) || !key.in_vectors(p.B, p.H, p.L) || !value.in_vectors(p.B, p.H, p.L)) {
     return cudaErrorInvalidValue;
@@ -183,7 +183,7 @@ cudaError_t write_backward(const MemoryWriteBackwardParams& p) {
         const int64_t first = chunk * p.chunk, last = std::min(p.L, first + p.chunk), head = (b * p.H + h) * p.M;
         const auto delta = [&](int64_t m, const auto&, const auto&) { return p.delta[head + m]; };
         const Gradients g = differentiate(query, du, key, value, b, h, p.M, first, last, 0, p.M, p.D, p.scale,
-                                          p.token_mask, p.token_mask_stride, p.log_sum_exp + head, delta);
+                                          p.token_mask, p.log_sum_exp + head, delta);
         for (int c = 0; c < p.D; ++c) {
           for (int64_t m = 0; m < p.M; ++m)
             p.partial[(((chunk * p.B + b) * p.M + m) * p.H + h) * p.D + c] = g.query[m * p.D + c];
@@ -197,18 +197,66 @@ cudaError_t write_backward(const MemoryWriteBackwardParams& p) {
   return cudaSuccess;
 }
 
+template <typename T>
+cudaError_t forget_forward(const MemoryForgetForwardParams& p) {
+  const auto at = [](const auto& tensor, int64_t i, int64_t j, int64_t k) {
+    return static_cast<const T*>(tensor.data) + i * tensor.stride[0] + j * tensor.stride[1] + k * tensor.stride[2];
+  };
+  const Strided<3> bias{p.bias.data, {0, p.bias.stride[0], p.bias.stride[1]}};
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t m = 0; m < p.M; ++m) {
+      double sum = 0;
+      std::vector<double> z(p.C);
+      for (int c = 0; c < p.C; ++c) z[c] = widen(*at(p.slots, b, m, c)) + widen(*at(bias, b, m, c)), sum += z[c] * z[c];
+      const float inverse = std::min(1 / std::sqrt(sum), double(p.inv_eps));
+      p.inv_norm[b * p.M + m] = inverse;
+      for (int c = 0; c < p.C; ++c) narrow(z[c] * inverse, static_cast<T*>(p.output) + (b * p.M + m) * p.C + c);
+    }
+  return cudaSuccess;
+}
+
+template <typename T>
+cudaError_t forget_backward(const MemoryForgetBackwardParams& p) {
+  const auto at = [](const auto& tensor, int64_t i, int64_t j, int64_t k) {
+    return widen(static_cast<const T*>(
+        tensor.data)[i * tensor.stride[0] + j * tensor.stride[1] + k * tensor.stride[2]]);
+  };
+  const Strided<3> bias{p.bias.data, {0, p.bias.stride[0], p.bias.stride[1]}};
+  std::vector<double> of_bias(p.M * p.C);
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t m = 0; m < p.M; ++m) {
+      const double inverse = p.inv_norm[b * p.M + m];
+      double along = 0;
+      for (int c = 0; c < p.C; ++c) {
+        along += at(p.grad_output, b, m, c) * (at(p.slots, b, m, c) + at(bias, b, m, c)) * inverse;
+      }
+      if (inverse >= p.inv_eps) along = 0;  // below the floor the norm does not move
+      for (int c = 0; c < p.C; ++c) {
+        const double z = at(p.slots, b, m, c) + at(bias, b, m, c);
+        const double grad = inverse * (at(p.grad_output, b, m, c) - along * z * inverse);
+        narrow(grad, static_cast<T*>(p.grad_slots) + (b * p.M + m) * p.C + c);
+        of_bias[m * p.C + c] += grad;
+      }
+    }
+  for (int64_t i = 0; i < p.M * p.C; ++i) narrow(of_bias[i], static_cast<T*>(p.grad_bias) + i);
+  return p.groups > 1 && p.partial == nullptr ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+template <typename Params, typename Half, typename BFloat16>
+cudaError_t dispatch(const Params* p, Half half, BFloat16 bfloat16) {
+  if (p->dtype == DType::kFloat32) return cudaErrorNotSupported;
+  return p->dtype == DType::kFloat16 ? half(*p) : bfloat16(*p);
+}
+
 }  // namespace
 
-extern "C" cudaError_t memory_read_forward(const MemoryReadForwardParams* p) {
-  return p->dtype == DType::kFloat16 ? read_forward<__half>(*p) : read_forward<__nv_bfloat16>(*p);
-}
-extern "C" cudaError_t memory_read_backward(const MemoryReadBackwardParams* p) {
-  return p->dtype == DType::kFloat16 ? read_backward<__half>(*p) : read_backward<__nv_bfloat16>(*p);
-}
-extern "C" cudaError_t memory_write_backward(const MemoryWriteBackwardParams* p) {
-  return p->dtype == DType::kFloat16 ? write_backward<__half>(*p) : write_backward<__nv_bfloat16>(*p);
-}
-extern "C" cudaError_t memory_forget_forward(const MemoryForgetForwardParams*) { return cudaErrorNotSupported; }
-extern "C" cudaError_t memory_forget_backward(const MemoryForgetBackwardParams*) { return cudaErrorNotSupported; }
+#define MK_LAUNCHER(name, function, Params) \
+  extern "C" cudaError_t name(const Params* p) { return dispatch(p, function<__half>, function<__nv_bfloat16>); }
+MK_LAUNCHER(memory_read_forward, read_forward, MemoryReadForwardParams)
+MK_LAUNCHER(memory_read_backward, read_backward, MemoryReadBackwardParams)
+MK_LAUNCHER(memory_write_backward, write_backward, MemoryWriteBackwardParams)
+MK_LAUNCHER(memory_forget_forward, forget_forward, MemoryForgetForwardParams)
+MK_LAUNCHER(memory_forget_backward, forget_backward, MemoryForgetBackwardParams)
+#undef MK_LAUNCHER
 
 }  // namespace memformer_kernels

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "memformer_kernels/dtype.h"
+#include "memformer_kernels/strided.h"
 
 namespace memformer_kernels {
 
@@ -130,9 +131,9 @@ __device__ __forceinline__ void store_vector(T* row, int first, int C, const Vec
 
 // Whether every row of a tensor is contiguous and starts on a 16-byte boundary.
 template <typename T, int kDims>
-bool has_vector_rows(const void* data, const int64_t (&stride)[kDims]) {
-  bool aligned = reinterpret_cast<uintptr_t>(data) % kAccessBytes == 0 && stride[kDims - 1] == 1;
-  for (int i = 0; i < kDims - 1; ++i) aligned = aligned && stride[i] % Vector<T>::kSize == 0;
+bool has_vector_rows(const Strided<kDims>& tensor) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % kAccessBytes == 0 && tensor.stride[kDims - 1] == 1;
+  for (int i = 0; i < kDims - 1; ++i) aligned = aligned && tensor.stride[i] % Vector<T>::kSize == 0;
   return aligned;
 }
 

@@ -228,8 +228,8 @@ __device__ __forceinline__ void store_global(float* target, float x, float y) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
 }
 
-// Stores two rows, eight apart, of what a product gave, from target and from target + step on, as far as channels reach:
-// those that are inside, as 0 where they are not shown. Of 32 channels in 16 bits each of four lanes has eight.
+// Stores two rows, eight apart, of what a product gave, from target and from target + step on, as far as channels
+// reach: those that are inside, as 0 where they are not shown. Of 32 channels in 16 bits each of four lanes has eight.
 struct TwoRows {
   bool inside[2], shown[2] = {true, true};
 };

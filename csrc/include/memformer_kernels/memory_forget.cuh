@@ -166,12 +166,12 @@ __global__ void __launch_bounds__(kThreadLimit<kRows>, 1)
   if (m >= params.M) return;  // a whole warp, in a block that never meets at its barrier
 
   RowFragment<T> bias, slots[kRows];
-  bias.template load<kVectorized>(params.bias, m * params.bias_stride[0], params.bias_stride[1], params.C);
+  bias.template load<kVectorized>(params.bias.data, m * params.bias.stride[0], params.bias.stride[1], params.C);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int64_t b = min(first_batch + r, params.B - 1);  // the last batch may be read twice; it is stored once
-    const int64_t offset = b * params.slots_stride[0] + m * params.slots_stride[1];
-    slots[r].template load<kVectorized>(params.slots, offset, params.slots_stride[2], params.C);
+    const int64_t offset = b * params.slots.stride[0] + m * params.slots.stride[1];
+    slots[r].template load<kVectorized>(params.slots.data, offset, params.slots.stride[2], params.C);
   }
 
   float z[kRows][kElementsPerThread];
@@ -215,15 +215,15 @@ __global__ void __launch_bounds__(kThreadLimit<kRows>, 1)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t b = min(first_batch + r, end - 1);  // the last batch may be read twice; it is used once
-      slots[r].template load<kVectorized>(params.slots, b * params.slots_stride[0] + m * params.slots_stride[1],
-                                          params.slots_stride[2], params.C);
-      grad[r].template load<kVectorized>(params.grad_output,
-                                         b * params.grad_output_stride[0] + m * params.grad_output_stride[1],
-                                         params.grad_output_stride[2], params.C);
+      slots[r].template load<kVectorized>(params.slots.data, b * params.slots.stride[0] + m * params.slots.stride[1],
+                                          params.slots.stride[2], params.C);
+      grad[r].template load<kVectorized>(params.grad_output.data,
+                                         b * params.grad_output.stride[0] + m * params.grad_output.stride[1],
+                                         params.grad_output.stride[2], params.C);
       inv_norm[r] = params.inv_norm[b * params.M + m];
     }
     // read again for every few rows, out of the cache: registers are what limits the rows in flight
-    bias.template load<kVectorized>(params.bias, m * params.bias_stride[0], params.bias_stride[1], params.C);
+    bias.template load<kVectorized>(params.bias.data, m * params.bias.stride[0], params.bias.stride[1], params.C);
 
     float z[kRows][kElementsPerThread];
 #pragma unroll

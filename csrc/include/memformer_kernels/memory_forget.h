@@ -1,7 +1,6 @@
 // What the launchers of memory_forget take. Plain C++: the bindings include it too.
 //
-// B batches, M slots, C channels. Strides count elements, in the order of the shape; a pointer without a stride is
-// contiguous.
+// B batches, M slots, C channels. A pointer is to a contiguous tensor.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,38 +8,34 @@
 #include <cstdint>
 
 #include "memformer_kernels/dtype.h"
+#include "memformer_kernels/strided.h"
 
 namespace memformer_kernels {
 
 constexpr int kMemoryForgetMaxC = 8192;
 
 struct MemoryForgetForwardParams {
-  DType dtype;           // of every `void` pointer
-  const void* slots;     // [B, M, C]
-  int64_t slots_stride[3];
-  const void* bias;      // [M, C]
-  int64_t bias_stride[2];
-  void* output;          // [B, M, C]
-  float* inv_norm;       // [B, M]
+  DType dtype;       // of every `void` pointer
+  Strided<3> slots;  // [B, M, C]
+  Strided<2> bias;   // [M, C]
+  void* output;      // [B, M, C]
+  float* inv_norm;   // [B, M]
   int64_t B, M;
   int C;
-  float inv_eps;         // 1 / eps, a normal number
+  float inv_eps;     // 1 / eps, a normal number
   cudaStream_t stream;
 };
 
 struct MemoryForgetBackwardParams {
-  DType dtype;              // of every `void` pointer
-  const void* grad_output;  // [B, M, C]
-  int64_t grad_output_stride[3];
-  const void* slots;        // [B, M, C]
-  int64_t slots_stride[3];
-  const void* bias;         // [M, C]
-  int64_t bias_stride[2];
-  const float* inv_norm;    // [B, M], as the forward wrote it
-  void* grad_slots;         // [B, M, C]
-  void* grad_bias;          // [M, C]
-  float* partial;           // [groups, M, C], scratch; unused when groups is 1
-  int64_t groups;           // the batches are summed in so many groups of consecutive batches, none of them empty
+  DType dtype;             // of every `void` pointer
+  Strided<3> grad_output;  // [B, M, C]
+  Strided<3> slots;        // [B, M, C]
+  Strided<2> bias;         // [M, C]
+  const float* inv_norm;   // [B, M], as the forward wrote it
+  void* grad_slots;        // [B, M, C]
+  void* grad_bias;         // [M, C]
+  float* partial;          // [groups, M, C], scratch; unused when groups is 1
+  int64_t groups;          // the batches are summed in so many groups of consecutive batches, none of them empty
   int64_t group_size;
   int64_t B, M;
   int C;

@@ -1,7 +1,6 @@
 // What the launcher of memory_read takes. Plain C++: the bindings include it too.
 //
-// B batches, H heads, L tokens, M slots, D channels of a head. Strides count elements, in the order of the shape; a
-// pointer without a stride is contiguous.
+// B batches, H heads, L tokens, M slots, D channels of a head. A pointer is to a contiguous tensor.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,27 +8,24 @@
 #include <cstdint>
 
 #include "memformer_kernels/dtype.h"
+#include "memformer_kernels/strided.h"
 
 namespace memformer_kernels {
 
 constexpr int kMemoryReadMaxD = 128;
 
 struct MemoryReadForwardParams {
-  DType dtype;          // of every `void` pointer: float16 or bfloat16
-  const void* query;    // [B, H, L, D]
-  int64_t query_stride[4];
-  const void* key;      // [B, H, M, D]
-  int64_t key_stride[4];
-  const void* value;    // [B, H, M, D]
-  int64_t value_stride[4];
-  const uint8_t* slot_mask;  // [B, M], or null
-  int64_t slot_mask_stride[2];
-  void* output;         // [B, L, H, D]
-  float* log_sum_exp;   // [B, H, L]: of the scaled logits, over the scale; or null
-  void* rounding;       // [B, L, H, D]: what the rounding of the output took away; null with log_sum_exp
+  DType dtype;         // of every `void` pointer: float16 or bfloat16
+  Strided<4> query;    // [B, H, L, D]
+  Strided<4> key;      // [B, H, M, D]
+  Strided<4> value;    // [B, H, M, D]
+  Mask slot_mask;      // [B, M]
+  void* output;        // [B, L, H, D]
+  float* log_sum_exp;  // [B, H, L]: of the scaled logits, over the scale; or null
+  void* rounding;      // [B, L, H, D]: what the rounding of the output took away; null with log_sum_exp
   int64_t B, H, L, M;
   int D;
-  float log2_scale;     // scale * log2(e)
+  float log2_scale;    // scale * log2(e)
   int multiprocessors;
   cudaStream_t stream;
 };
@@ -44,28 +40,23 @@ constexpr int kMemoryReadBackwardAlone = 128;
 constexpr int kMemoryReadBackwardSlots = 1024;
 
 struct MemoryReadBackwardParams {
-  DType dtype;              // of every `void` pointer but the two of sums: float16 or bfloat16
-  const void* grad_output;  // [B, H, L, D], as query, key and value of whole vectors of 16 bytes: D a multiple of 8
-  int64_t grad_output_stride[4];
-  const void* query;        // [B, H, L, D]
-  int64_t query_stride[4];
-  const void* key;          // [B, H, M, D]
-  int64_t key_stride[4];
-  const void* value;        // [B, H, M, D]
-  int64_t value_stride[4];
-  const uint8_t* slot_mask;  // [B, M], or null
-  int64_t slot_mask_stride[2];
-  const void* output;       // [B, L, H, D]; null, as the next and statistics, up to 128 slots
-  const void* rounding;     // [B, L, H, D]
+  DType dtype;               // of every `void` pointer but the two of sums: float16 or bfloat16
+  Strided<4> grad_output;    // [B, H, L, D], as query, key and value of whole vectors of 16 bytes: D a multiple of 8
+  Strided<4> query;          // [B, H, L, D]
+  Strided<4> key;            // [B, H, M, D]
+  Strided<4> value;          // [B, H, M, D]
+  Mask slot_mask;            // [B, M]
+  const void* output;        // [B, L, H, D]; null, as the next and statistics, up to 128 slots
+  const void* rounding;      // [B, L, H, D]
   const float* log_sum_exp;  // [B, H, L]
-  float* statistics;        // [B, H, tiles of tokens, 2, tokens of a tile]: workspace
-  float* carry;             // [B, L, H, D]: workspace; or null for one group of slots
-  void* grad_query;         // [B, L, H, D]
-  void* grad_key;           // [B, M, H, D], or float sums of chunks [chunks, B, M, H, D]
-  void* grad_value;         // like grad_key
+  float* statistics;         // [B, H, tiles of tokens, 2, tokens of a tile]: workspace
+  float* carry;              // [B, L, H, D]: workspace; or null for one group of slots
+  void* grad_query;          // [B, L, H, D]
+  void* grad_key;            // [B, M, H, D], or float sums of chunks [chunks, B, M, H, D]
+  void* grad_value;          // like grad_key
   int64_t B, H, L, M;
   int D;
-  int64_t chunk;            // tokens that a sum is over, a whole number of tiles
+  int64_t chunk;             // tokens that a sum is over, a whole number of tiles
   float scale, log2_scale;
   cudaStream_t stream;
 };

@@ -384,14 +384,14 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
   // The keys and values of an item, once they are here.
   const auto take_slots = [&](int batch) {
     barrier_wait(shared.held_full(held.place), held.parity);
-    hides = params.slot_mask != nullptr || first_slot + Traits::kSlots > M;
+    hides = params.slot_mask.data != nullptr || first_slot + Traits::kSlots > M;
     if (hides) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int slot = slot_of(r);
         visible[r] = slot < M &&
-                     (params.slot_mask == nullptr ||
-                      params.slot_mask[batch * params.slot_mask_stride[0] + slot * params.slot_mask_stride[1]]);
+                     (params.slot_mask.data == nullptr ||
+                      params.slot_mask.data[batch * params.slot_mask.stride[0] + slot * params.slot_mask.stride[1]]);
         if (visible[r]) continue;
         const int row = group * kGroupRows + warp * 16 + lane / 4 + 8 * r;
 #pragma unroll
@@ -575,9 +575,9 @@ __global__ void memory_read_backward_statistics_kernel(const __grid_constant__ M
   if (token < params.L) {
     const int first = threadIdx.x % kLanes * Vector<T>::kSize;
     const int64_t offset = ((batch * params.L + token) * params.H + head) * params.D;
-    const int64_t(&stride)[4] = params.grad_output_stride;
+    const int64_t(&stride)[4] = params.grad_output.stride;
     const T* grad_row =
-        static_cast<const T*>(params.grad_output) + batch * stride[0] + head * stride[1] + token * stride[2];
+        static_cast<const T*>(params.grad_output.data) + batch * stride[0] + head * stride[1] + token * stride[2];
     const auto grad = load_vector<true>(grad_row, 1, first, params.D);
     const auto output = load_vector<true>(static_cast<const T*>(params.output) + offset, 1, first, params.D);
     const auto rounding = load_vector<true>(static_cast<const T*>(params.rounding) + offset, 1, first, params.D);

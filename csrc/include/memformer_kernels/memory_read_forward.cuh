@@ -95,15 +95,16 @@ __device__ __forceinline__ void read_forward_copy(const MemoryReadForwardParams&
     const ReadTile at = read_tile<Traits>(params, tile);
     // Rows from `first` on to `target`, once `empty` says so; `full` then says that they are there.
     const auto copy = [&](auto tile_rows, uint32_t target, uint32_t empty, uint32_t full, uint32_t parity,
-                          const CUtensorMap& map, const void* data, const int64_t(&stride)[4], int first, int64_t rows,
+                          const CUtensorMap& map, const Strided<4>& tensor, int first, int64_t rows,
                           const uint8_t* mask) {
       constexpr int kTileRows = decltype(tile_rows)::value;
       [[maybe_unused]] constexpr int kPanel = kTileRows * kPanelRowBytes;
       barrier_wait(empty, parity ^ 1);
       if constexpr (Traits::kGeneral) {
-        const T* matrix = static_cast<const T*>(data) + at.batch * stride[0] + at.head * stride[1];
+        const int64_t(&stride)[4] = tensor.stride;
+        const T* matrix = static_cast<const T*>(tensor.data) + at.batch * stride[0] + at.head * stride[1];
         copy_general<Traits, kTileRows>(base + (target - shared.base), matrix, stride[2], stride[3], first,
-                                        static_cast<int>(rows), params.D, mask, params.slot_mask_stride[1]);
+                                        static_cast<int>(rows), params.D, mask, params.slot_mask.stride[1]);
         fence_async_proxy();
         barrier_arrive(full);
       } else {
@@ -116,17 +117,17 @@ __device__ __forceinline__ void read_forward_copy(const MemoryReadForwardParams&
     };
     const std::integral_constant<int, Traits::kRows> query_rows;
     const std::integral_constant<int, Traits::kSlots> slot_rows;
-    const uint8_t* mask = params.slot_mask;
-    if (mask != nullptr) mask += at.batch * params.slot_mask_stride[0];
+    const uint8_t* mask = params.slot_mask.data;
+    if (mask != nullptr) mask += at.batch * params.slot_mask.stride[0];
     const int query = queries.place;
     copy(query_rows, shared.query(query), shared.query_empty(query), shared.query_full(query), queries.parity,
-         query_map, params.query, params.query_stride, at.row, params.L, nullptr);
+         query_map, params.query, at.row, params.L, nullptr);
     for (int i = slot_tiles - 1; i >= 0; --i, slots.next()) {
       const int slot = slots.place, first = i * Traits::kSlots;
       copy(slot_rows, shared.key(slot), shared.key_empty(slot), shared.key_full(slot), slots.parity,
-           key_map, params.key, params.key_stride, first, params.M, mask);
+           key_map, params.key, first, params.M, mask);
       copy(slot_rows, shared.value(slot), shared.value_empty(slot), shared.value_full(slot), slots.parity,
-           value_map, params.value, params.value_stride, first, params.M, mask);
+           value_map, params.value, first, params.M, mask);
     }
   }
 }
@@ -173,9 +174,9 @@ __device__ __forceinline__ void read_forward_compute(const MemoryReadForwardPara
   // Logits of one tile of slots into weights relative to the new maximum; what the sums so far shrink by.
   const auto softmax = [&](int slot_tile, int batch, bool first, float(&shrink)[2]) {
     bool masked = slot_tile == slot_tiles - 1 && params.M % kSlots != 0;
-    if constexpr (Traits::kGeneral) masked = masked || params.slot_mask != nullptr;
+    if constexpr (Traits::kGeneral) masked = masked || params.slot_mask.data != nullptr;
     if (first) {
-      seen = !Traits::kGeneral || params.slot_mask == nullptr;
+      seen = !Traits::kGeneral || params.slot_mask.data == nullptr;
       top[0] = top[1] = -INFINITY;
       total[0] = total[1] = 0.0f;
     }
@@ -189,9 +190,9 @@ __device__ __forceinline__ void read_forward_compute(const MemoryReadForwardPara
           const int slot = i * 2 + lane % 4 * 2 + j;
           bool keep = slot < left;
           if constexpr (Traits::kGeneral) {
-            if (keep && params.slot_mask != nullptr) {
-              keep = params.slot_mask[batch * params.slot_mask_stride[0] +
-                                      (slot_tile * kSlots + slot) * params.slot_mask_stride[1]];
+            if (keep && params.slot_mask.data != nullptr) {
+              keep = params.slot_mask.data[batch * params.slot_mask.stride[0] +
+                                      (slot_tile * kSlots + slot) * params.slot_mask.stride[1]];
             }
           }
           any = any || keep;

@@ -1,7 +1,6 @@
 // What the launcher of memory_write takes. Plain C++: the bindings include it too.
 //
-// B batches, H heads, L tokens, M slots, D channels of a head. Strides count elements, in the order of the shape; a
-// pointer without a stride is contiguous.
+// B batches, H heads, L tokens, M slots, D channels of a head. A pointer is to a contiguous tensor.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,31 +8,27 @@
 #include <cstdint>
 
 #include "memformer_kernels/dtype.h"
+#include "memformer_kernels/strided.h"
 
 namespace memformer_kernels {
 
 constexpr int kMemoryWriteBackwardSlots = 128;  // that a block holds
 
 struct MemoryWriteBackwardParams {
-  DType dtype;              // of every `void` pointer: float16 or bfloat16
-  const void* query;        // [B, H, M, D], as du, key and value of whole vectors of 16 bytes: D a multiple of 8
-  int64_t query_stride[4];
-  const void* du;           // [B, H, M, D]: gradient of what the slots attended to
-  int64_t du_stride[4];
-  const void* key;          // [B, H, L, D]
-  int64_t key_stride[4];
-  const void* value;        // [B, H, L, D]
-  int64_t value_stride[4];
-  const uint8_t* token_mask;  // [B, L], or null
-  int64_t token_mask_stride[2];
+  DType dtype;               // of every `void` pointer: float16 or bfloat16
+  Strided<4> query;          // [B, H, M, D], as du, key and value of whole vectors of 16 bytes: D a multiple of 8
+  Strided<4> du;             // [B, H, M, D]: gradient of what the slots attended to
+  Strided<4> key;            // [B, H, L, D]
+  Strided<4> value;          // [B, H, L, D]
+  Mask token_mask;           // [B, L]
   const float* log_sum_exp;  // [B, H, M]: of the scaled logits, over the scale
-  const float* delta;       // [B, H, M]
-  float* partial;           // [chunks, B, M, H, D]: ds key
-  void* grad_key;           // [B, L, H, D]
-  void* grad_value;         // [B, L, H, D]
+  const float* delta;        // [B, H, M]
+  float* partial;            // [chunks, B, M, H, D]: ds key
+  void* grad_key;            // [B, L, H, D]
+  void* grad_value;          // [B, L, H, D]
   int64_t B, H, L, M;
   int D;
-  int64_t chunk;            // tokens that a sum is over, a whole number of tiles of 64
+  int64_t chunk;             // tokens that a sum is over, a whole number of tiles of 64
   float scale, log2_scale;
   int multiprocessors;
   cudaStream_t stream;

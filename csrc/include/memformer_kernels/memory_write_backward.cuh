@@ -100,13 +100,13 @@ __device__ __forceinline__ void write_backward_copy_mask(const MemoryWriteBackwa
   Ring<Traits::kStages> stage;
   for (int part = blockIdx.x; part < parts; part += gridDim.x) {
     const WriteBackwardItem item = write_backward_item<Traits>(params, chunks, part);
-    const uint8_t* mask = params.token_mask;
-    if (mask != nullptr) mask += item.batch * params.token_mask_stride[0];
+    const uint8_t* mask = params.token_mask.data;
+    if (mask != nullptr) mask += item.batch * params.token_mask.stride[0];
     int token = item.first_token + lane;
 #pragma unroll 1
     for (int t = item.tiles; t > 0; --t, stage.next(), token += Traits::kTokens) {
       const auto is_visible = [&](int at) {
-        return at < L && (mask == nullptr || mask[at * params.token_mask_stride[1]]);
+        return at < L && (mask == nullptr || mask[at * params.token_mask.stride[1]]);
       };
       const uint32_t low = __ballot_sync(0xffffffffu, is_visible(token));
       const uint32_t high = __ballot_sync(0xffffffffu, is_visible(token + kWarpSize));
@@ -208,7 +208,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
   };
   // Whatever hidden keys hold, even NaN, must not reach the product with ds.
   const auto clear_hidden_keys = [&] {
-    if (params.token_mask == nullptr || (visible[0] & visible[1]) == 0xffffffffu) return;
+    if (params.token_mask.data == nullptr || (visible[0] & visible[1]) == 0xffffffffu) return;
     constexpr int kVectors = kWidth / 8;
     for (int i = group * kGroupThreads + threadIdx.x % kGroupThreads; i < kTokens * kVectors; i += kThreads) {
       const int row = i / kVectors, vector = i % kVectors;

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "memformer_kernels/dtype.h"
+#include "memformer_kernels/strided.h"
 
 namespace memformer_kernels {
 
@@ -26,25 +27,27 @@ inline EncodeTiled encode_tiled() {
 
 // Of [B, H, rows, D] in 16 bits, in boxes of so many rows and 64 channels, swizzled by 128 bytes. The driver refuses it
 // in a thread that has no context yet: call the runtime before, which binds one.
-inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&stride)[4],
-                                   int64_t B, int64_t H, int64_t rows, int64_t D, int box_rows) {
+inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const Strided<4>& tensor, int64_t B, int64_t H,
+                                   int64_t rows, int64_t D, int box_rows) {
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[4] = {cuuint64_t(D), cuuint64_t(rows), cuuint64_t(H), cuuint64_t(B)};
   const auto bytes = [](int64_t size, int64_t elements) { return cuuint64_t(size == 1 ? 16 : 2 * elements); };
-  const cuuint64_t strides[3] = {bytes(rows, stride[2]), bytes(H, stride[1]), bytes(B, stride[0])};
+  const cuuint64_t strides[3] = {bytes(rows, tensor.stride[2]), bytes(H, tensor.stride[1]),
+                                bytes(B, tensor.stride[0])};
   const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
   const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =
-      encode(map, type, 4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(map, type, 4, const_cast<void*>(tensor.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 // Whether TMA can copy it: rows of whole vectors of 16 bytes at positive strides.
-inline bool tensor_map_takes(const void* data, const int64_t (&stride)[4], int64_t B, int64_t H, int64_t rows) {
+inline bool tensor_map_takes(const Strided<4>& tensor, int64_t B, int64_t H, int64_t rows) {
   const int64_t sizes[3] = {B, H, rows};
-  bool takes = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[3] == 1;
+  const auto& stride = tensor.stride;
+  bool takes = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && stride[3] == 1;
   for (int i = 0; i < 3; ++i) {  // along a size of 1 nothing moves, whatever the stride
     takes = takes && (sizes[i] == 1 || (stride[i] > 0 && stride[i] < int64_t{1} << 38 && stride[i] % 8 == 0));
   }

@@ -80,10 +80,8 @@ def _over_tokens(
     with _extension.on_device(query.device):
         extension.memory_write_backward(
             getattr(extension, DTYPES[query.dtype]),
-            *(of for t in given for of in (t.data_ptr(), t.stride())),
-            0 if token_mask is None else token_mask.data_ptr(),
-            (0, 0) if token_mask is None else token_mask.stride(),
-            *(t.data_ptr() for t in (log_sum_exp, delta, partial, grad_key, grad_value)),
+            *map(_extension.strided, (*given, token_mask)),
+            *map(_extension.address, (log_sum_exp, delta, partial, grad_key, grad_value)),
             B,
             H,
             tokens,

@@ -1,5 +1,5 @@
-"""The Python side of the attention kernels in CUDA C++, on a CPU: when they run, what is copied for them, and what is
-made of their results."""
+"""What is around the kernels in CUDA C++, on a CPU: when they run, what is copied for them, what they are handed, and
+what is made of their results."""
 
 import contextlib
 import importlib.util
@@ -152,6 +152,8 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
         ("memory_write", dict(slots=66, tokens=1, carried_dtype=torch.float32)),
         ("memory_write", dict(slots=0, tokens=3)),
         ("memory_write", dict(slots=70, tokens=0)),
+        ("memory_forget", dict(batch=33)),  # in groups
+        ("memory_forget", dict(batch=0)),
     ],
 )
 def test_what_python_hands_to_the_kernels_is_right(on_cpu, op, sizes, layout, within_bound):
