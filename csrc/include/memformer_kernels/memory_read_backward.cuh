@@ -520,19 +520,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char dynamic[];
   const ReadBackwardShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
   if (threadIdx.x == 0) {
-    constexpr int kReaders = Traits::kGroups * kGroupThreads / kWarpSize;
-    for (int i = 0; i < Traits::kHeld; ++i) {
-      barrier_init(shared.held_full(i), 1);
-      barrier_init(shared.held_empty(i), kReaders);
-    }
-    for (int i = 0; i < Traits::kStages; ++i) {
-      barrier_init(shared.tokens_full(i), Traits::kAlone ? 2 : 1);
-      barrier_init(shared.tokens_empty(i), kReaders);
-    }
-    for (int i = 0; i < Traits::kScores; ++i) {
-      barrier_init(shared.scores_full(i), kReaders);
-      barrier_init(shared.scores_empty(i), kReaders);
-    }
+    init_slot_barriers<Traits>(shared, Traits::kAlone ? 2 : 1);
     for (int i = 0; i < Traits::kParts; ++i) {
       barrier_init(shared.parts_full(i), 1);
       barrier_init(shared.parts_empty(i), Traits::kBlocks * kGroupThreads / kWarpSize);

@@ -30,6 +30,24 @@ struct SlotTiles {
   static_assert(kTokens * 2 == kPanelRowBytes, "a slot's scores of a tile are one row");
 };
 
+// Of what the groups of both kernels hand one another; `fillers` warps fill a tile of tokens.
+template <typename Traits, typename Shared>
+__device__ __forceinline__ void init_slot_barriers(const Shared& shared, int fillers) {
+  constexpr int kReaders = Traits::kGroups * kGroupThreads / kWarpSize;
+  for (int i = 0; i < Traits::kHeld; ++i) {
+    barrier_init(shared.held_full(i), 1);
+    barrier_init(shared.held_empty(i), kReaders);
+  }
+  for (int i = 0; i < Traits::kStages; ++i) {
+    barrier_init(shared.tokens_full(i), fillers);
+    barrier_init(shared.tokens_empty(i), kReaders);
+  }
+  for (int i = 0; i < Traits::kScores; ++i) {
+    barrier_init(shared.scores_full(i), kReaders);
+    barrier_init(shared.scores_empty(i), kReaders);
+  }
+}
+
 // What a warp of a group that computes does with its slots. Tiles are given by their addresses in shared memory.
 template <typename Tiles>
 struct SlotGroup {
