@@ -544,6 +544,12 @@ def test_without_a_gpu_it_says_what_can_be_told_and_no_time(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_line_hands_its_backend_on():
+    command = [sys.executable, "-m", "memformer_kernels.cli", "bench", "--backend", "gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "--backend must be one of auto, cuda, triton, eager, got 'gpu'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
