@@ -12,10 +12,10 @@ import threading
 
 import cuda_checks
 import torch
-from triton_calls import LAYOUTS, answer, contiguous, differing, rows, same_bits
+from triton_calls import LAYOUTS, answer, contiguous, differing, same_bits
 
 from memformer_kernels import backend as backends
-from memformer_kernels import explain, memory_read, testing
+from memformer_kernels import memory_read, testing
 from memformer_kernels.testing import Case, cotangent, error_bound, make_case, shares_of_bound
 
 WIDTHS = (8, 20, 64, 80, 96, 128)
@@ -43,6 +43,13 @@ def case_of(dtype, **sizes):
 def hidden_as(case, value):
     hidden = ~case.tensors["slot_mask"][:, None, :, None]
     return case.replace(**{name: case.tensors[name].masked_fill(hidden, value) for name in ("key", "value")})
+
+
+def with_nan(tensor):
+    """In one token's row."""
+    tensor = tensor.clone()
+    tensor[0, 0, 3] = float("nan")
+    return tensor
 
 
 def check_bound(dtype):
@@ -83,15 +90,17 @@ def check_hidden(dtype):
     for width, slots, tokens in ((64, 330, 130), (128, 513, 130), (64, 100, 130), (128, 128, 130), (64, 100, 1100)):
         case = case_of(dtype, slots=slots, tokens=tokens, width=width, masked=0.4)
         grad = cotangent(case)
-        hidden = ~case.tensors["slot_mask"][:, None, :, None]
-        for poisoned in (case, case.replace(query=case.tensors["query"].clone())):
-            arrives = grad.clone()
-            (arrives if poisoned is case else poisoned.tensors["query"])[0, 0, 3] = float("nan")
-            grads = run(poisoned, arrives).grads
+        mask, query = case.tensors["slot_mask"], case.tensors["query"]
+        nothing = hidden_as(case.replace(slot_mask=torch.zeros_like(mask)), float("nan"))
+        for poisoned, arriving in (
+            (case, with_nan(grad)),
+            (case.replace(query=with_nan(query)), grad),
+            (nothing, with_nan(grad)),
+            (nothing.replace(query=with_nan(query)), grad),
+        ):
+            grads, hidden = run(poisoned, arriving).grads, ~poisoned.tensors["slot_mask"][:, None, :, None]
             assert not any(grads[name].masked_select(hidden).any() for name in ("key", "value")), "hidden slots"
         assert not differing(run(hidden_as(case, 0.0), grad), run(hidden_as(case, float("nan")), grad))
-        mask = case.tensors["slot_mask"]
-        nothing = hidden_as(case.replace(slot_mask=torch.zeros_like(mask)), float("nan"))
         assert all(not t.any() for t in run(nothing, grad).tensors().values()), "nothing visible is not 0"
         shown = case.replace(slot_mask=torch.ones_like(mask))
         plain = Case(case.op, {n: t for n, t in case.tensors.items() if n != "slot_mask"}, case.options)
@@ -129,46 +138,22 @@ def check_values(dtype):
 def check_batch(dtype):
     """G7, G8: a row has the same bits alone, and a hundred times over."""
     for width, slots, tokens in ((64, 520, 333), (128, 520, 333), (64, 128, 2500), (128, 96, 333)):
-        case = case_of(dtype, batch=40, heads=8, slots=slots, tokens=tokens, width=width)
-        grad = cotangent(case)
-        whole = run(case, grad).tensors()
-        for row in (slice(0, 1), slice(17, 20), slice(39, 40)):
-            alone = run(rows(case, row), grad[row]).tensors()
-            assert all(same_bits(alone[name], whole[name][row]) for name in whole), f"rows {row}"
-        for _ in range(100):
-            again = run(case, grad).tensors()
-            assert all(same_bits(again[name], whole[name]) for name in whole), "repeats"
+        cuda_checks.batches(run, case_of(dtype, batch=40, heads=8, slots=slots, tokens=tokens, width=width))
     return {"repeats": 100}
 
 
 def check_graph(dtype):
-    """G12: a CUDA graph of forward and backward, with changed inputs."""
+    """G12: a CUDA graph, with changed inputs."""
     for slots in (100, 330):
-        sizes = dict(slots=slots, tokens=500, width=64)
-        static, grad = case_of(dtype, **sizes), cotangent(case_of(dtype, **sizes))
-        run(static, grad)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(static, grad)
-        for seed in range(3):
-            other = case_of(dtype, seed=seed + 5, **sizes)
-            for name, tensor in other.tensors.items():
-                static.tensors[name].copy_(tensor)
-            graph.replay()
-            assert not differing(captured, run(other, grad)), f"M {slots}: a replay differs"
+        cases = [case_of(dtype, slots=slots, tokens=500, width=64, seed=seed) for seed in range(4)]
+        cuda_checks.graph_of(run, cases[0], cases[1:])
     return {}
 
 
 def check_compiled(dtype):
-    """G15: `torch.compile`, one graph."""
+    """G15: `torch.compile`."""
     for slots in (100, 330):
-        case = case_of(dtype, slots=slots, tokens=100, width=64)
-        explanation = explain("memory_read", **case.tensors)
-        assert explanation.backend == "cuda", str(explanation)
-        compiled = torch.compile(lambda **tensors: memory_read(**tensors), fullgraph=True)
-        grad = cotangent(case)
-        assert not differing(run(case, grad), testing.run(case, grad_output=grad, function=compiled)), f"M {slots}"
+        cuda_checks.compiled(run, memory_read, case_of(dtype, slots=slots, tokens=100, width=64))
     return {}
 
 

@@ -9,9 +9,9 @@ figures.
 
 import cuda_checks
 import torch
-from triton_calls import LAYOUTS, answer, contiguous, differing, differing_in_layout, rows, same_bits
+from triton_calls import LAYOUTS, answer, contiguous, differing, differing_in_layout, rows
 
-from memformer_kernels import explain, memory_write, testing
+from memformer_kernels import memory_write, testing
 from memformer_kernels.testing import Case, cotangent, error_bound, make_case, shares_of_bound
 
 WIDTHS = (8, 20, 64, 80, 128)
@@ -118,44 +118,21 @@ def check_values(dtype):
 def check_batch(dtype):
     """G7, G8: a row has the same bits alone, and a hundred times over."""
     for width, slots, tokens in ((64, 128, 2500), (128, 96, 2500), (64, 100, 65)):
-        case = case_of(dtype, batch=40, heads=8, slots=slots, tokens=tokens, width=width, bias=False)
-        grad = cotangent(case)
-        whole = run(case, grad).tensors()
-        for row in (slice(0, 1), slice(17, 20), slice(39, 40)):
-            alone = run(rows(case, row), grad[row]).tensors()
-            assert all(same_bits(alone[name], whole[name][row]) for name in whole), f"rows {row}"
-        for _ in range(100):
-            again = run(case, grad).tensors()
-            assert all(same_bits(again[name], whole[name]) for name in whole), "repeats"
+        sizes = dict(batch=40, heads=8, slots=slots, tokens=tokens, width=width)
+        cuda_checks.batches(run, case_of(dtype, bias=False, **sizes))
     return {"repeats": 100}
 
 
 def check_graph(dtype):
-    """G12: a CUDA graph of forward and backward, with changed inputs."""
-    sizes = dict(slots=128, tokens=900, width=64)
-    static, grad = case_of(dtype, **sizes), cotangent(case_of(dtype, **sizes))
-    run(static, grad)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(static, grad)
-    for seed in range(3):
-        other = case_of(dtype, seed=seed + 5, **sizes)
-        for name, tensor in other.tensors.items():
-            static.tensors[name].copy_(tensor)
-        graph.replay()
-        assert not differing(captured, run(other, grad)), "a replay differs"
+    """G12: a CUDA graph, with changed inputs."""
+    cases = [case_of(dtype, slots=128, tokens=900, width=64, seed=seed) for seed in range(4)]
+    cuda_checks.graph_of(run, cases[0], cases[1:])
     return {}
 
 
 def check_compiled(dtype):
-    """G15: `torch.compile`, one graph."""
-    case = case_of(dtype, slots=128, tokens=100, width=64)
-    explanation = explain("memory_write", **case.tensors)
-    assert explanation.backend == "cuda", str(explanation)
-    compiled = torch.compile(lambda **arguments: memory_write(**arguments), fullgraph=True)
-    grad = cotangent(case)
-    assert not differing(run(case, grad), testing.run(case, grad_output=grad, function=compiled))
+    """G15: `torch.compile`."""
+    cuda_checks.compiled(run, memory_write, case_of(dtype, slots=128, tokens=100, width=64))
     return {}
 
 

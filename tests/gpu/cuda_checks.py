@@ -1,4 +1,4 @@
-"""What the checks of the attention kernels in CUDA C++ share: their command, their report, compute-sanitizer."""
+"""What the checks of the attention kernels in CUDA C++ share: checks of any op, their command, their report."""
 
 import argparse
 import json
@@ -12,6 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from triton_calls import differing, rows, same_bits
+
+from memformer_kernels import explain, testing
+from memformer_kernels.testing import cotangent
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -31,6 +35,42 @@ def sanitize(program, dtype):
 
     with ThreadPoolExecutor() as pool:
         return dict(pool.map(run, ("memcheck", "synccheck", "racecheck")))
+
+
+def batches(run, case):
+    """A row has the same bits alone, and a hundred times over."""
+    grad = cotangent(case)
+    whole = run(case, grad).tensors()
+    for part in (slice(0, 1), slice(17, 20), slice(39, 40)):
+        alone = run(rows(case, part), grad[part]).tensors()
+        assert all(same_bits(alone[name], whole[name][part]) for name in whole), f"rows {part}"
+    for _ in range(100):
+        again = run(case, grad).tensors()
+        assert all(same_bits(again[name], whole[name]) for name in whole), "repeats"
+
+
+def graph_of(run, case, others):
+    """A CUDA graph of forward and backward of the case, replayed on the values of others."""
+    static, grad = case.map(torch.clone), cotangent(case)
+    run(static, grad)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(static, grad)
+    for other in others:
+        for name, tensor in other.tensors.items():
+            static.tensors[name].copy_(tensor)
+        graph.replay()
+        assert not differing(captured, run(other, grad)), "a replay differs"
+
+
+def compiled(run, function, case):
+    """`torch.compile` of a public function, one graph, on the backend in CUDA C++."""
+    explanation = explain(case.op, **case.tensors, **case.options)
+    assert explanation.backend == "cuda", str(explanation)
+    one_graph = torch.compile(lambda **arguments: function(**arguments), fullgraph=True)
+    grad = cotangent(case)
+    assert not differing(run(case, grad), testing.run(case, grad_output=grad, function=one_graph))
 
 
 def main(description, report_name, checks, small_calls):
