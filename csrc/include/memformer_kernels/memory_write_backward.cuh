@@ -312,6 +312,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     product_wait<1>();
     pin(grad_key);
     pin(grad_value);
+    __syncwarp();  // every lane has read which tokens are visible
     if (elected) barrier_arrive(tokens_empty);
     if (last ? Traits::kHeld > 1 : adds) finish_tile();
     if (last) {
