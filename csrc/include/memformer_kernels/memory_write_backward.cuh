@@ -184,8 +184,10 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     }
   };
   const auto weigh = [&] {
-    const float2 words = load_shared2(shared.visible(stage.place));
-    visible[0] = __float_as_uint(words.x), visible[1] = __float_as_uint(words.y);
+    // Read by the lane that later says that they may be overwritten: its own reads are all that its arrival orders.
+    const float2 words = elected ? load_shared2(shared.visible(stage.place)) : float2{};
+    visible[0] = __shfl_sync(0xffffffffu, __float_as_uint(words.x), 0);
+    visible[1] = __shfl_sync(0xffffffffu, __float_as_uint(words.y), 0);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) s[i] = exp2_fast((s[i] - log_sum_exp[i / 2 % 2]) * log2_scale);
     hide(s);
@@ -312,7 +314,6 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     product_wait<1>();
     pin(grad_key);
     pin(grad_value);
-    __syncwarp();  // every lane has read which tokens are visible
     if (elected) barrier_arrive(tokens_empty);
     if (last ? Traits::kHeld > 1 : adds) finish_tile();
     if (last) {
