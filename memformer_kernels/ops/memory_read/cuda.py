@@ -3,6 +3,8 @@ the compiled module. `csrc/include/memformer_kernels/memory_read_forward.cuh` an
 kernels.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -153,9 +155,14 @@ def chunk_alone(tokens: int, least: int) -> int:
 
 def in_vectors(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy that TMA can copy, of rows padded with 0 to whole vectors."""
-    *sizes, D = tensor.shape
-    *strides, step = tensor.stride()
-    vectors = all(size == 1 or (s > 0 and s % VECTOR == 0) for size, s in zip(sizes, strides, strict=True))
-    if vectors and step == 1 and D % VECTOR == 0 and tensor.data_ptr() % 16 == 0:
+    if _has_vectors(tensor.shape, tensor.stride()) and tensor.data_ptr() % 16 == 0:
         return tensor
-    return as_new_per_head(torch.nn.functional.pad(tensor, (0, -D % VECTOR)))
+    return as_new_per_head(torch.nn.functional.pad(tensor, (0, -tensor.shape[3] % VECTOR)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_vectors(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    *sizes, D = shape
+    *strides, step = strides
+    vectors = all(size == 1 or (s > 0 and s % VECTOR == 0) for size, s in zip(sizes, strides, strict=True))
+    return vectors and step == 1 and D % VECTOR == 0
