@@ -252,7 +252,7 @@ def renewed(text: str) -> str:
 def _of_op(op: str, file: str) -> str:
     rows = []
     for row in _result(file)["rows"]:
-        if row["op"] == op and row["pass"] in ("forward", "backward"):
+        if row["op"] == op and row["pass"] in ("forward", "forward (saving)", "backward"):
             figures = _us(row["results"]["ours"]["ms"]), _us(row["floor_ms"]), f"{row['share_of_floor']:.2f}"
             peer = f"{_us(_best(row)['ms'])}, {row['best_peer']}"
             rows.append((row["shape"], row["pass"], *figures, peer, f"{row['ratio']:.2f}"))
