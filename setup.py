@@ -34,6 +34,7 @@ KERNELS = (
     "csrc/memory_forget_backward.cu",
     "csrc/memory_read_forward.cu",
     "csrc/memory_read_backward.cu",
+    "csrc/memory_write_forward.cu",
     "csrc/memory_write_backward.cu",
 )
 BUILD_INFO = "_build_info.json"

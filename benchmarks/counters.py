@@ -150,7 +150,7 @@ def profile(ncu: str, options: argparse.Namespace) -> tuple[str, list[dict]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "calls.json"
         command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--profile-from-start", "off"]
-        command += ["--kernel-name", f"regex:memory_|attention_backward|sum_partials|{MARK}"]
+        command += ["--kernel-name", f"regex:memory_|attention_(for|back)ward|sum_partials|{MARK}"]
         command += [word for section in SECTIONS for word in ("--section", section)]
         command += [sys.executable, __file__, "--child", str(file), "--shapes", *options.shapes]
         done = subprocess.run([*command, "--passes", *options.passes], capture_output=True, text=True)

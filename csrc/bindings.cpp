@@ -146,6 +146,36 @@ void memory_read_backward(int dtype, mk::Strided<4> grad_output, mk::Strided<4> 
   check("memory_read_backward", mk::memory_read_backward(&params));
 }
 
+void memory_write_forward(int dtype, int slots_dtype, mk::Strided<4> query, mk::Strided<4> own_key,
+                          mk::Strided<4> slots, mk::Strided<4> key, mk::Strided<4> value, mk::Mask token_mask,
+                          Address acc, Address top, Address total, Address own_logit, int64_t B, int64_t H, int64_t L,
+                          int64_t M, int D, int64_t chunk, float log2_scale, int multiprocessors, Address stream) {
+  const mk::MemoryWriteForwardParams params{
+      .dtype = static_cast<mk::DType>(dtype),
+      .slots_dtype = static_cast<mk::DType>(slots_dtype),
+      .query = query,
+      .own_key = own_key,
+      .slots = slots,
+      .key = key,
+      .value = value,
+      .token_mask = token_mask,
+      .acc = pointer<float>(acc),
+      .top = pointer<float>(top),
+      .total = pointer<float>(total),
+      .own_logit = pointer<float>(own_logit),
+      .B = B,
+      .H = H,
+      .L = L,
+      .M = M,
+      .D = D,
+      .chunk = chunk,
+      .log2_scale = log2_scale,
+      .multiprocessors = multiprocessors,
+      .stream = reinterpret_cast<cudaStream_t>(stream),
+  };
+  check("memory_write_forward", mk::memory_write_forward(&params));
+}
+
 void memory_write_backward(int dtype, mk::Strided<4> query, mk::Strided<4> du, mk::Strided<4> key, mk::Strided<4> value,
                            mk::Mask token_mask, Address log_sum_exp, Address delta, Address partial, Address grad_key,
                            Address grad_value, int64_t B, int64_t H, int64_t L, int64_t M, int D, int64_t chunk,
@@ -198,6 +228,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("memory_read_forward", memory_read_forward, release_gil);
   module.attr("memory_read_backward_tokens") = mk::kMemoryReadBackwardTokens;
   module.attr("memory_read_backward_slots") = mk::kMemoryReadBackwardSlots;
+  module.attr("memory_write_forward_tokens") = mk::kMemoryWriteForwardTokens;
+  module.def("memory_write_forward", memory_write_forward, release_gil);
   module.attr("memory_write_backward_slots") = mk::kMemoryWriteBackwardSlots;
   module.def("memory_write_backward", memory_write_backward, release_gil);
   module.def("memory_read_backward", memory_read_backward, release_gil);

@@ -27,10 +27,11 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
   const int64_t heads = params.B * params.H;
   constexpr int kSlots = Traits::kBlocks * Traits::kSlots;  // of a cluster
   const int64_t groups = ceil_div<int64_t>(params.M, kSlots);
-  if ((!Traits::kAlone && params.statistics == nullptr) || (groups > 1 && !(Traits::kGrouped && params.carry))) {
+  if ((params.statistics == nullptr) != Traits::kAlone || (groups > 1 && !(Traits::kGrouped && params.carry)) ||
+      (params.grad_query == nullptr && (Traits::kAlone || !params.carry))) {
     return cudaErrorInvalidValue;
   }
-  if constexpr (!Traits::kAlone) {
+  if (!Traits::kAlone && params.output != nullptr) {
     constexpr int kThreads = 256, kRows = kThreads / (Traits::kWidth / Vector<T>::kSize);
     const int64_t tiles = ceil_div<int64_t>(params.L, Traits::kTokens);
     const int64_t row_blocks = ceil_div<int64_t>(heads * tiles * Traits::kTokens, kRows);
@@ -44,7 +45,6 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
   if (error != cudaSuccess) return error;
   CUtensorMap grad{}, query{}, key{}, value{};
   const auto map = [&params](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
-    if (!tensor_map_takes(tensor, params.B, params.H, rows)) return cudaErrorInvalidValue;
     return make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
   };
   error = map(&grad, params.grad_output, params.L, Traits::kTokens);

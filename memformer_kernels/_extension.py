@@ -44,6 +44,11 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
+def dtype(of: torch.dtype) -> int:
+    """Its number in the module."""
+    return getattr(load(), {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}[of])
+
+
 def address(tensor: Tensor | None) -> int:
     """Of a contiguous tensor, or 0 for none, as the module takes it."""
     return 0 if tensor is None else tensor.data_ptr()

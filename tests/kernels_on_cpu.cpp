@@ -57,6 +57,10 @@ bool is_visible(const Mask& mask, int64_t batch, int64_t at) {
 template <typename T>
 cudaError_t read_forward(const MemoryReadForwardParams& p) {
   const Rows<T> query(p.query), key(p.key), value(p.value);
+  if (p.D % 8 != 0 || !query.in_vectors(p.B, p.H, p.L) || !key.in_vectors(p.B, p.H, p.M) ||
+      !value.in_vectors(p.B, p.H, p.M)) {
+    return cudaErrorInvalidValue;
+  }
   const double scale = p.log2_scale * std::log(2.0);
   for (int64_t b = 0; b < p.B; ++b)
     for (int64_t h = 0; h < p.H; ++h)
@@ -127,17 +131,24 @@ cudaError_t read_backward(const MemoryReadBackwardParams& p) {
   const bool fits = p.D % 8 == 0 && p.chunk % kMemoryReadBackwardTokens == 0 && grad.in_vectors(p.B, p.H, p.L) &&
                     query.in_vectors(p.B, p.H, p.L) && key.in_vectors(p.B, p.H, p.M) &&
                     value.in_vectors(p.B, p.H, p.M);
-  if (!fits || (p.statistics == nullptr) != alone || (p.output == nullptr) != alone ||
-      (p.carry == nullptr) != (p.M <= kMemoryReadBackwardSlots)) {
+  const bool given = !alone && p.output == nullptr, sums = p.grad_query == nullptr;
+  if (!fits || (p.statistics == nullptr) != alone || (alone && p.output != nullptr) || (alone && sums) ||
+      (p.carry == nullptr) != (p.M <= kMemoryReadBackwardSlots && !sums)) {
     return cudaErrorInvalidValue;
   }
+  constexpr int64_t kTile = kMemoryReadBackwardTokens;
+  const int64_t tiles = (p.L + kTile - 1) / kTile;
   const int64_t chunks = (p.L + p.chunk - 1) / p.chunk;
   for (int64_t b = 0; b < p.B; ++b)
     for (int64_t h = 0; h < p.H; ++h)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t first = chunk * p.chunk, last = std::min(p.L, first + p.chunk);
+        const float* statistics = p.statistics + (b * p.H + h) * tiles * 2 * kTile;  // of which 64, then 64 of delta
+        std::vector<float> given_log_sum_exp(p.L);
+        for (int64_t l = 0; l < p.L && given; ++l) given_log_sum_exp[l] = statistics[l / kTile * 2 * kTile + l % kTile];
         const auto delta = [&](int64_t l, const std::vector<double>& weight, const std::vector<double>& weight_grad) {
           double sum = 0;
+          if (given) return static_cast<double>(statistics[l / kTile * 2 * kTile + kTile + l % kTile]);
           if (alone) {
             for (int64_t m = 0; m < p.M; ++m) sum += weight[m] * weight_grad[m];
             return sum;
@@ -149,11 +160,18 @@ cudaError_t read_backward(const MemoryReadBackwardParams& p) {
           }
           return sum;
         };
+        const float* log_sum_exp = given ? given_log_sum_exp.data() : p.log_sum_exp + (b * p.H + h) * p.L;
         const Gradients g = differentiate(query, grad, key, value, b, h, p.L, 0, p.M, first, last, p.D, p.scale,
-                                          p.slot_mask, p.log_sum_exp + (b * p.H + h) * p.L, delta);
+                                          p.slot_mask, log_sum_exp, delta);
         for (int64_t l = first; l < last; ++l)
-          for (int c = 0; c < p.D; ++c)
-            narrow(p.scale * g.query[l * p.D + c], static_cast<T*>(p.grad_query) + ((b * p.L + l) * p.H + h) * p.D + c);
+          for (int c = 0; c < p.D; ++c) {
+            const int64_t at = ((b * p.L + l) * p.H + h) * p.D + c;
+            if (sums) {
+              p.carry[at] = g.query[l * p.D + c];
+            } else {
+              narrow(p.scale * g.query[l * p.D + c], static_cast<T*>(p.grad_query) + at);
+            }
+          }
         for (int64_t m = 0; m < p.M; ++m)
           for (int c = 0; c < p.D; ++c) {
             const int64_t at = (((chunk * p.B + b) * p.M + m) * p.H + h) * p.D + c;
@@ -165,6 +183,55 @@ cudaError_t read_backward(const MemoryReadBackwardParams& p) {
               narrow(g.value[m * p.D + c], static_cast<float*>(p.grad_value) + at);
             }
           }
+      }
+  return cudaSuccess;
+}
+
+template <typename T>
+cudaError_t write_forward(const MemoryWriteForwardParams& p) {
+  const Rows<T> query(p.query), own_key(p.own_key), key(p.key), value(p.value), narrow_slots(p.slots);
+  const auto wide_slot = [&](int64_t b, int64_t h, int64_t m, int c) {
+    const auto& stride = p.slots.stride;
+    return static_cast<const float*>(p.slots.data)[b * stride[0] + h * stride[1] + m * stride[2] + c * stride[3]];
+  };
+  if (p.D % 8 != 0 || p.chunk % kMemoryWriteForwardTokens != 0 || p.L == 0 || !query.in_vectors(p.B, p.H, p.M) ||
+      !own_key.in_vectors(p.B, p.H, p.M) || !narrow_slots.in_vectors(p.B, p.H, p.M) ||
+      !key.in_vectors(p.B, p.H, p.L) || !value.in_vectors(p.B, p.H, p.L) ||
+      (p.slots_dtype != p.dtype && p.slots_dtype != DType::kFloat32)) {
+    return cudaErrorInvalidValue;
+  }
+  const double scale = p.log2_scale * std::log(2.0);
+  const int64_t chunks = (p.L + p.chunk - 1) / p.chunk, part_rows = p.B * p.H * p.M;
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t h = 0; h < p.H; ++h)
+      for (int64_t m = 0; m < p.M; ++m) {
+        const int64_t row = (b * p.H + h) * p.M + m;
+        const double own = dot(query, m, own_key, m, b, h, p.D);
+        p.own_logit[row] = own;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          std::vector<double> logit, sum(p.D);
+          std::vector<int64_t> token;
+          double top = chunk == 0 ? own : -INFINITY, total = 0;
+          for (int64_t l = chunk * p.chunk; l < std::min(p.L, (chunk + 1) * p.chunk); ++l) {
+            if (!is_visible(p.token_mask, b, l)) continue;
+            token.push_back(l), logit.push_back(dot(query, m, key, l, b, h, p.D));
+            top = std::max(top, logit.back());
+          }
+          for (size_t i = 0; i < token.size(); ++i) {
+            const double weight = std::exp(scale * (logit[i] - top));
+            total += weight;
+            for (int c = 0; c < p.D; ++c) sum[c] += weight * value(b, h, token[i], c);
+          }
+          const double own_weight = chunk == 0 ? std::exp(scale * (own - top)) : 0;
+          for (int c = 0; c < p.D && chunk == 0; ++c) {
+            const bool wide = p.slots_dtype == DType::kFloat32;
+            const double slot = own_weight * (wide ? wide_slot(b, h, m, c) : narrow_slots(b, h, m, c));
+            sum[c] = token.empty() ? slot : sum[c] + slot;  // to the sign of zero
+          }
+          p.top[chunk * part_rows + row] = top;
+          p.total[chunk * part_rows + row] = total + own_weight;
+          for (int c = 0; c < p.D; ++c) p.acc[(((chunk * p.B + b) * p.M + m) * p.H + h) * p.D + c] = sum[c];
+        }
       }
   return cudaSuccess;
 }
@@ -254,6 +321,7 @@ cudaError_t dispatch(const Params* p, Half half, BFloat16 bfloat16) {
   extern "C" cudaError_t name(const Params* p) { return dispatch(p, function<__half>, function<__nv_bfloat16>); }
 MK_LAUNCHER(memory_read_forward, read_forward, MemoryReadForwardParams)
 MK_LAUNCHER(memory_read_backward, read_backward, MemoryReadBackwardParams)
+MK_LAUNCHER(memory_write_forward, write_forward, MemoryWriteForwardParams)
 MK_LAUNCHER(memory_write_backward, write_backward, MemoryWriteBackwardParams)
 MK_LAUNCHER(memory_forget_forward, forget_forward, MemoryForgetForwardParams)
 MK_LAUNCHER(memory_forget_backward, forget_backward, MemoryForgetBackwardParams)

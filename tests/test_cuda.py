@@ -37,8 +37,7 @@ def test_slots_of_a_block_are_those_of_the_kernels():
         ({}, None),
         ({"is_cuda": False}, "query must be on a CUDA device, got cuda:0"),
         ({"dtype": torch.float32}, "query must be float16 or bfloat16, got torch.float32"),
-        ({"slots": 64}, {"memory_read": "key must have at least 65 slots, got 64", "memory_write": "65 to 128 slots"}),
-        ({"slots": 129}, {"memory_read": None, "memory_write": "query must have 65 to 128 slots, got 129"}),
+        ({"slots": 64}, "must have at least 65 slots, got 64"),
         ({"missing": "not compiled"}, "not compiled"),
         ({"width": 129}, "query must have at most 128 channels a head, got 129"),
         ({"architecture": 80}, "the GPU must have compute capability 9.0"),
@@ -66,7 +65,6 @@ def test_kernel_says_what_it_cannot_take(monkeypatch, op, change, reason):
         found = cuda.unsupported_reason(tokens, slots, slots, None, 1.0, False)
     else:
         found = cuda.unsupported_reason(slots, slots, None, tokens, tokens, None, None, 1.0, 1e-12, False)
-    reason = reason[op] if isinstance(reason, dict) else reason
     assert found is None if reason is None else reason in found
 
 
@@ -90,7 +88,7 @@ def _bfloat16(*shape):
     ],
 )
 def test_backward_copies_what_tma_cannot(make, copied):
-    in_vectors, tensor = cuda_backend("memory_read").in_vectors, make()
+    in_vectors, tensor = importlib.import_module("memformer_kernels.hopper").in_vectors, make()
     taken = in_vectors(tensor)
     D = tensor.shape[3]
     assert (taken is not tensor) == copied
@@ -130,6 +128,8 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
     for op in ("memory_read", "memory_write"):
         for name in ("CHUNK", "WIDE_CHUNK", "CHUNK_ALONE"):
             monkeypatch.setattr(cuda_backend(op), name, 64, raising=False)
+    for name in ("CHUNK_OF_SLOT", "WIDE_CHUNK_OF_SLOT"):
+        monkeypatch.setattr(cuda_backend("memory_write"), name, 1)
     launch.forget_plans()
     yield lambda case: run(case, function=registered(case.op, "cuda"))
     launch.forget_plans()
@@ -150,6 +150,11 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
         ("memory_write", dict(slots=65, tokens=130, masked=0.4)),
         ("memory_write", dict(slots=70, tokens=64, width=20, bias=False)),
         ("memory_write", dict(slots=66, tokens=1, carried_dtype=torch.float32)),
+        ("memory_write", dict(slots=70, tokens=300, width=8, masked=0.95)),  # also the forward in chunks
+        ("memory_write", dict(slots=129, tokens=130, width=16, carried_dtype=torch.float32)),  # only the forward
+        ("memory_write", dict(slots=140, tokens=150, width=20, masked=0.4)),  # tokens stay on chip
+        ("memory_write", dict(slots=192, tokens=1100, width=8, batch=1)),  # in groups
+        ("memory_write", dict(slots=129, tokens=60, width=8)),
         ("memory_write", dict(slots=0, tokens=3)),
         ("memory_write", dict(slots=70, tokens=0)),
         ("memory_forget", dict(batch=33)),  # in groups
@@ -162,10 +167,47 @@ def test_what_python_hands_to_the_kernels_is_right(on_cpu, op, sizes, layout, wi
     within_bound(on_cpu(case), case)
 
 
+@pytest.mark.parametrize(
+    "op, sizes",
+    [
+        ("memory_read", dict(slots=70, tokens=70)),
+        ("memory_read", dict(slots=330, tokens=70)),
+        ("memory_write", dict(slots=70, tokens=70)),
+        ("memory_write", dict(slots=130, tokens=300)),
+    ],
+)
+def test_a_launcher_is_never_given_none_for_a_tensor(on_cpu, registered, monkeypatch, op, sizes):
+    """Nor a tensor for None: on a GPU it keeps the variant that Triton compiled for its first call."""
+    from memformer_kernels import launch
+
+    given, call = {}, launch.Launcher.__call__
+
+    def watched(self, *tensors):
+        nones = [tensor is None for tensor in tensors]
+        assert given.setdefault(self, nones) == nones, self.kernel.__name__
+        call(self, *tensors)
+
+    monkeypatch.setattr(launch.Launcher, "__call__", watched)
+    case = make_case(op, batch=1, heads=1, width=8, dtype=torch.float16, **sizes)
+    for grad in (False, True, False):
+        with torch.set_grad_enabled(grad):
+            if grad:
+                on_cpu(case)
+            else:
+                registered(op, "cuda")(**case.tensors, **case.options)
+    assert given
+
+
 @pytest.mark.guarantee("G8")
 @pytest.mark.parametrize("channels", [8, 64, 65, 128])
-def test_chunks_of_the_writes_kernel_are_whole_tiles(channels):
-    chunk = cuda_backend("memory_write")._chunk
+def test_chunks_of_the_writes_kernels_are_whole_tiles(channels, monkeypatch):
+    write = cuda_backend("memory_write")
+    monkeypatch.setattr(write._extension, "load", lambda: SimpleNamespace(memory_write_forward_tokens=128))
+    monkeypatch.setattr(write.tiles, "multiprocessors", lambda device: 132)
     for tokens in (1, 511, 513, 4096, 65536, 100_001):
-        size = chunk(tokens, channels)
+        size = write._chunk(tokens, channels)
         assert size % 64 == 0 and -(-tokens // size) <= 32 and (size <= 1024 or size * 31 < tokens + 64 * 32)
+        for heads, slots in ((1, 65), (16, 128), (16, 129), (200, 4096)):
+            size = write._chunk_forward(tokens, heads, slots, channels, None)
+            assert size % 128 == 0 and size >= 8 * slots
+            assert -(-tokens // size) <= {1: 32, 16: 8, 200: 1}[heads]

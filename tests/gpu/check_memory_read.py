@@ -208,7 +208,7 @@ def check_sanitizer(dtype):
 def small_calls(dtype):
     for width, masked in ((64, 0), (20, 0), (128, 0), (80, 0.3)):
         for slots in (100, 325):
-            run(case_of(dtype, batch=1, heads=2, slots=slots, tokens=70, width=width, masked=masked))
+            run(case_of(dtype, batch=1, heads=2, slots=slots, tokens=330, width=width, masked=masked))
 
 
 CHECKS = (

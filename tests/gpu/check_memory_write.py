@@ -1,4 +1,4 @@
-"""Checks the CUDA kernel of `memory_write`'s backward on a Hopper GPU. Run by hand:
+"""Checks the CUDA kernels of `memory_write` on a Hopper GPU. Run by hand:
 
     PYTHONPATH=. python tests/gpu/check_memory_write.py --out DIRECTORY
 
@@ -15,7 +15,7 @@ from memformer_kernels import memory_write, testing
 from memformer_kernels.testing import Case, cotangent, error_bound, make_case, shares_of_bound
 
 WIDTHS = (8, 20, 64, 80, 128)
-SLOTS = (65, 96, 100, 128)
+SLOTS = (65, 96, 100, 128, 129, 330)  # from 129 on the backward is Triton's
 TOKENS = (1, 63, 64, 65, 128, 200, 513, 1000, 3000)
 HIDDEN = (0, 0.3, 0, 0.9, "a tile", "one row", 1.0)
 
@@ -78,7 +78,7 @@ def check_bound(dtype):
 
 def check_layouts(dtype):
     """G11: in every layout the same, but for the order of sums over the channels of a slot, which is Triton's."""
-    for width, slots in ((64, 100), (80, 128), (128, 96)):
+    for width, slots in ((64, 100), (80, 128), (128, 96), (64, 200)):
         case = case_of(dtype, slots=slots, tokens=150, width=width)
         grad = cotangent(case)
         for layout in LAYOUTS:
@@ -91,8 +91,8 @@ def check_layouts(dtype):
 
 def check_hidden(dtype):
     """G4: a mask that hides nothing is no mask; hidden tokens have gradients of exactly 0."""
-    for width, tokens in ((64, 700), (128, 1500)):
-        case = masked_case(dtype, "a tile", slots=128, tokens=tokens, width=width)
+    for width, slots, tokens in ((64, 128, 700), (128, 128, 1500), (64, 300, 200)):
+        case = masked_case(dtype, "a tile", slots=slots, tokens=tokens, width=width)
         grad, mask = cotangent(case), case.tensors["token_mask"]
         grads = run(hidden_as(case, float("nan")), grad).grads
         hidden = ~mask[:, None, :, None]
@@ -115,9 +115,25 @@ def check_values(dtype):
     return {}
 
 
+def check_saving(dtype):
+    """Whether gradients are asked for changes no bit, in either order of two calls of one shape."""
+    for slots, grad_first in ((100, False), (101, True), (200, False), (201, True)):
+        case = case_of(dtype, slots=slots, tokens=1500, width=64)
+        for with_grad in (grad_first, not grad_first, grad_first):
+            if not with_grad:
+                with torch.no_grad():
+                    plain = write(**case.tensors, **case.options)
+                continue
+            result = run(case)
+            shares = shares_of_bound(result, answer(case), error_bound(case, device="cuda"))
+            assert all(share <= 1 for share in shares.values()), f"M {slots}: {shares}"
+        assert torch.equal(plain, result.output), f"M {slots}"
+    return {}
+
+
 def check_batch(dtype):
     """G7, G8: a row has the same bits alone, and a hundred times over."""
-    for width, slots, tokens in ((64, 128, 2500), (128, 96, 2500), (64, 100, 65)):
+    for width, slots, tokens in ((64, 128, 2500), (128, 96, 2500), (64, 100, 65), (64, 200, 300)):
         sizes = dict(batch=40, heads=8, slots=slots, tokens=tokens, width=width)
         cuda_checks.batches(run, case_of(dtype, bias=False, **sizes))
     return {"repeats": 100}
@@ -156,8 +172,9 @@ def check_sanitizer(dtype):
 
 
 def small_calls(dtype):
-    for width, masked in ((64, 0), (20, 0.3), (128, 0), (80, 0.3)):
-        run(case_of(dtype, batch=1, heads=2, slots=100, tokens=200, width=width, masked=masked))
+    calls = (64, 100, 0), (64, 100, 0.3), (64, 200, 0), (20, 100, 0.3), (80, 100, 0.3), (128, 100, 0)
+    for width, slots, masked in calls:
+        run(case_of(dtype, batch=1, heads=2, slots=slots, tokens=200, width=width, masked=masked))
 
 
 CHECKS = (
@@ -165,6 +182,7 @@ CHECKS = (
     check_layouts,
     check_hidden,
     check_values,
+    check_saving,
     check_batch,
     check_graph,
     check_compiled,

@@ -16,7 +16,7 @@ constexpr int kMemoryReadMaxD = 128;
 
 struct MemoryReadForwardParams {
   DType dtype;         // of every `void` pointer: float16 or bfloat16
-  Strided<4> query;    // [B, H, L, D]
+  Strided<4> query;    // [B, H, L, D], as key and value of whole vectors of 16 bytes: D a multiple of 8
   Strided<4> key;      // [B, H, M, D]
   Strided<4> value;    // [B, H, M, D]
   Mask slot_mask;      // [B, M]
@@ -49,9 +49,10 @@ struct MemoryReadBackwardParams {
   const void* output;        // [B, L, H, D]; null, as the next and statistics, up to 128 slots
   const void* rounding;      // [B, L, H, D]
   const float* log_sum_exp;  // [B, H, L]
-  float* statistics;         // [B, H, tiles of tokens, 2, tokens of a tile]: workspace
+  float* statistics;         // [B, H, tiles of tokens, 2, tokens of a tile]: workspace; or, without output and
+                             // rounding, given: log_sum_exp, infinite past the end, and delta
   float* carry;              // [B, L, H, D]: workspace; or null for one group of slots
-  void* grad_query;          // [B, L, H, D]
+  void* grad_query;          // [B, L, H, D]; or null: carry gets it, not yet scaled
   void* grad_key;            // [B, M, H, D], or float sums of chunks [chunks, B, M, H, D]
   void* grad_value;          // like grad_key
   int64_t B, H, L, M;

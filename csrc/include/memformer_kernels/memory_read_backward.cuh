@@ -266,7 +266,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
             sum[0].x += part[j].x, sum[0].y += part[j].y, sum[1].x += part[j].z, sum[1].y += part[j].w;
           }
         }
-        if (!Traits::kGrouped || of.turn / 2 == work.groups - 1) {
+        if (params.grad_query != nullptr && (!Traits::kGrouped || of.turn / 2 == work.groups - 1)) {
           uint32_t* target = static_cast<uint32_t*>(params.grad_query);
           if (inside) target[at] = pack<T>(sum[0].x * params.scale, sum[0].y * params.scale);
           if (below) target[at_below] = pack<T>(sum[1].x * params.scale, sum[1].y * params.scale);
@@ -491,7 +491,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
     issue_logits();  // past the end, of what happens to lie there
     product_wait<1>();
     pin(grad_query);
-    if (elected) barrier_arrive(tokens_empty);
+    barrier_arrive(tokens_empty);  // all lanes, which have read the statistics
     if (last ? Traits::kHeld > 1 : adds) finish_grad_query();
     if (last) {
       if (Traits::kHeld > 1 && elected) barrier_arrive(held_empty);
@@ -520,7 +520,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char dynamic[];
   const ReadBackwardShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
   if (threadIdx.x == 0) {
-    init_slot_barriers<Traits>(shared, Traits::kAlone ? 2 : 1);
+    init_slot_barriers<Traits>(shared, Traits::kAlone ? 2 : 1, kWarpSize);
     for (int i = 0; i < Traits::kParts; ++i) {
       barrier_init(shared.parts_full(i), 1);
       barrier_init(shared.parts_empty(i), Traits::kBlocks * kGroupThreads / kWarpSize);

@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char dynamic[];
   const WriteBackwardShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
   if (threadIdx.x == 0) {
-    init_slot_barriers<Traits>(shared, 2);
+    init_slot_barriers<Traits>(shared, 2, 1);
     fence_barrier_init();
   }
   __syncthreads();

@@ -30,9 +30,10 @@ struct SlotTiles {
   static_assert(kTokens * 2 == kPanelRowBytes, "a slot's scores of a tile are one row");
 };
 
-// Of what the groups of both kernels hand one another; `fillers` warps fill a tile of tokens.
+// Of what the groups of both kernels hand one another. For a tile of tokens `fillers` arrive once it is there, and
+// `readers` of each warp that computes once it may be overwritten.
 template <typename Traits, typename Shared>
-__device__ __forceinline__ void init_slot_barriers(const Shared& shared, int fillers) {
+__device__ __forceinline__ void init_slot_barriers(const Shared& shared, int fillers, int readers) {
   constexpr int kReaders = Traits::kGroups * kGroupThreads / kWarpSize;
   for (int i = 0; i < Traits::kHeld; ++i) {
     barrier_init(shared.held_full(i), 1);
@@ -40,7 +41,7 @@ __device__ __forceinline__ void init_slot_barriers(const Shared& shared, int fil
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     barrier_init(shared.tokens_full(i), fillers);
-    barrier_init(shared.tokens_empty(i), kReaders);
+    barrier_init(shared.tokens_empty(i), kReaders * readers);
   }
   for (int i = 0; i < Traits::kScores; ++i) {
     barrier_init(shared.scores_full(i), kReaders);

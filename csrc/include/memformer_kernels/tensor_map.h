@@ -25,10 +25,22 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
+// Whether TMA can copy it: rows of whole vectors of 16 bytes at positive strides.
+inline bool tensor_map_takes(const Strided<4>& tensor, int64_t B, int64_t H, int64_t rows) {
+  const int64_t sizes[3] = {B, H, rows};
+  const auto& stride = tensor.stride;
+  bool takes = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && stride[3] == 1;
+  for (int i = 0; i < 3; ++i) {  // along a size of 1 nothing moves, whatever the stride
+    takes = takes && (sizes[i] == 1 || (stride[i] > 0 && stride[i] < int64_t{1} << 38 && stride[i] % 8 == 0));
+  }
+  return takes;
+}
+
 // Of [B, H, rows, D] in 16 bits, in boxes of so many rows and 64 channels, swizzled by 128 bytes. The driver refuses it
 // in a thread that has no context yet: call the runtime before, which binds one.
 inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const Strided<4>& tensor, int64_t B, int64_t H,
                                    int64_t rows, int64_t D, int box_rows) {
+  if (!tensor_map_takes(tensor, B, H, rows)) return cudaErrorInvalidValue;
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[4] = {cuuint64_t(D), cuuint64_t(rows), cuuint64_t(H), cuuint64_t(B)};
@@ -41,17 +53,6 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const Strided<
       encode(map, type, 4, const_cast<void*>(tensor.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-// Whether TMA can copy it: rows of whole vectors of 16 bytes at positive strides.
-inline bool tensor_map_takes(const Strided<4>& tensor, int64_t B, int64_t H, int64_t rows) {
-  const int64_t sizes[3] = {B, H, rows};
-  const auto& stride = tensor.stride;
-  bool takes = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && stride[3] == 1;
-  for (int i = 0; i < 3; ++i) {  // along a size of 1 nothing moves, whatever the stride
-    takes = takes && (sizes[i] == 1 || (stride[i] > 0 && stride[i] < int64_t{1} << 38 && stride[i] % 8 == 0));
-  }
-  return takes;
 }
 
 }  // namespace memformer_kernels

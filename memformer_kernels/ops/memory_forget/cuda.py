@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memformer_kernels import _extension
 
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}  # names in the module
+DTYPES = torch.float32, torch.float16, torch.bfloat16
 EPS_RANGE = (2.0**-126, 2.0**126)  # so that eps and 1 / eps are normal float32 numbers
 
 # The backward gives each slot of each group of batches to one team of threads, 16 channels a thread, so this many
@@ -47,7 +47,7 @@ def forward(slots: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     extension = _extension.load()
     with _extension.on_device(slots.device):
         extension.memory_forget_forward(
-            getattr(extension, DTYPES[slots.dtype]),
+            _extension.dtype(slots.dtype),
             *map(_extension.strided, (slots, bias)),
             *map(_extension.address, (output, inv_norm)),
             B,
@@ -74,7 +74,7 @@ def backward(grad_output: Tensor, slots: Tensor, bias: Tensor, inv_norm: Tensor,
     extension = _extension.load()
     with _extension.on_device(slots.device):
         extension.memory_forget_backward(
-            getattr(extension, DTYPES[slots.dtype]),
+            _extension.dtype(slots.dtype),
             *map(_extension.strided, (grad_output, slots, bias)),
             *map(_extension.address, (inv_norm, grad_slots, grad_bias, partial)),
             groups,

@@ -3,28 +3,21 @@ the compiled module. `csrc/include/memformer_kernels/memory_read_forward.cuh` an
 kernels.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from memformer_kernels import _extension, tiles
-from memformer_kernels.compiling import constant
+from memformer_kernels.hopper import DTYPES, chunk_of_tokens, in_vectors, unsupported_device, without_padding
 from memformer_kernels.ops.memory_read import triton
-from memformer_kernels.ops.per_head import as_new_per_head, new_per_head
+from memformer_kernels.ops.per_head import new_per_head
 from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import LOG2_E
 
-DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # names in the module
-ARCHITECTURE = 90  # and compiled for 90a: TMA and the matrix products of warpgroups are Hopper's alone
 LEAST_SLOTS = 65
 ALONE = 128  # slots that one block holds in the backward, which then needs no output
 LEAST_SLOTS_FORWARD = 321  # for fewer, the forward is Triton's
-VECTOR = 8  # elements of 16 bytes
 CHUNK = 8192  # tokens that one sum is over in the backward: one row of that many keeps a GPU busy
 CHUNK_ALONE = 1024  # with one block a head: fewer cost a large batch the traffic of more partial results
-MOST_CHUNKS_ALONE = 32
-TILE = 64  # tokens
 
 
 def saves(query: Tensor, key: Tensor) -> tuple[bool, bool]:
@@ -51,42 +44,34 @@ def unsupported_reason(
     return unsupported_device(query.device.index)
 
 
-@constant  # to `torch.compile`, which looks through a cache
-def unsupported_device(index: int) -> str | None:
-    compiled_for = _extension.load().architectures
-    if tiles.architecture(torch.device("cuda", index)) == ARCHITECTURE and "90a" in compiled_for.split(";"):
-        return None
-    return f"the GPU must have compute capability 9.0, and the CUDA kernels be compiled for 90a, got {compiled_for}"
-
-
 def forward(
     query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float, allow_tf32: bool, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(output, log_sum_exp, rounding)`, as Triton's: the same function, in other tiles."""
-    B, H, L, D = query.shape
-    if key.shape[2] < LEAST_SLOTS_FORWARD:
-        alone = key.shape[2] <= ALONE
+    (B, H, L, D), slots = query.shape, key.shape[2]
+    if slots < LEAST_SLOTS_FORWARD or query.numel() == 0:
+        alone = slots <= ALONE
         return triton.forward(query, key, value, slot_mask, scale, allow_tf32, save, saves_log_sum_exp=alone)
+    query, key, value = map(in_vectors, (query, key, value))
     output, log_sum_exp, rounding = new_per_head(query, L), None, None
     if save:
         log_sum_exp, rounding = query.new_empty((B, H, L), dtype=torch.float32), new_per_head(query, L)
-    if output.numel() == 0:
-        return output, log_sum_exp, rounding
     extension = _extension.load()
     with _extension.on_device(query.device):
         extension.memory_read_forward(
-            getattr(extension, DTYPES[query.dtype]),
+            _extension.dtype(query.dtype),
             *map(_extension.strided, (query, key, value, slot_mask)),
             *map(_extension.address, (output, log_sum_exp, rounding)),
             B,
             H,
             L,
-            key.shape[2],
-            D,
+            slots,
+            query.shape[3],
             scale * LOG2_E,
             tiles.multiprocessors(query.device),
             torch._C._cuda_getCurrentRawStream(query.device.index),
         )
+    output, rounding = (t if t is None else without_padding(t, D) for t in (output, rounding))
     return output, log_sum_exp, rounding
 
 
@@ -102,8 +87,7 @@ def backward(
     scale: float,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. Tensors that TMA cannot copy, with rows that are no whole vectors or strides
-    of 0, are copied first."""
+    """Gradients of query, key and value."""
     B, H, L, D = query.shape
     slots = key.shape[2]
     if query.numel() == 0:
@@ -111,7 +95,7 @@ def backward(
     grad, query, key, value = map(in_vectors, (grad, query, key, value))
     extension = _extension.load()
     statistics = carry = None
-    chunk = chunk_alone(L, CHUNK_ALONE)
+    chunk = chunk_of_tokens(L, CHUNK_ALONE, extension.memory_read_backward_tokens)
     if slots > ALONE:
         output, rounding, chunk = in_vectors(output), in_vectors(rounding), CHUNK
         tokens = extension.memory_read_backward_tokens
@@ -125,7 +109,7 @@ def backward(
         sums = key.new_empty((2, chunks, grad_key.numel()), dtype=torch.float32).unbind()
     with _extension.on_device(query.device):
         extension.memory_read_backward(
-            getattr(extension, DTYPES[query.dtype]),
+            _extension.dtype(query.dtype),
             *map(_extension.strided, (grad, query, key, value, slot_mask)),
             *map(_extension.address, (output, rounding, log_sum_exp, statistics, carry, grad_query, *sums)),
             B,
@@ -142,27 +126,4 @@ def backward(
         add_chunks = sum_partials(chunks, grad_key.numel(), key.dtype, key.device)
         add_chunks(sums[0], grad_key)
         add_chunks(sums[1], grad_value)
-    if query.shape[3] == D:
-        return grad_query, grad_key, grad_value
-    return tuple(as_new_per_head(t[..., :D]) for t in (grad_query, grad_key, grad_value))
-
-
-def chunk_alone(tokens: int, least: int) -> int:
-    """Tokens of a sum where one block has all slots: whole tiles, by the number of tokens alone, so that a row has the
-    same bits in any batch."""
-    return -(-max(least, -(-tokens // MOST_CHUNKS_ALONE)) // TILE) * TILE
-
-
-def in_vectors(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy that TMA can copy, of rows padded with 0 to whole vectors."""
-    if _has_vectors(tensor.shape, tensor.stride()) and tensor.data_ptr() % 16 == 0:
-        return tensor
-    return as_new_per_head(torch.nn.functional.pad(tensor, (0, -tensor.shape[3] % VECTOR)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _has_vectors(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    *sizes, D = shape
-    *strides, step = strides
-    vectors = all(size == 1 or (s > 0 and s % VECTOR == 0) for size, s in zip(sizes, strides, strict=True))
-    return vectors and step == 1 and D % VECTOR == 0
+    return tuple(without_padding(t, D) for t in (grad_query, grad_key, grad_value))

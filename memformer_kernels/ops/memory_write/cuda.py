@@ -1,20 +1,28 @@
-"""`memory_write` whose backward goes over the tokens in CUDA C++ on Hopper; all else is Triton's.
-`csrc/include/memformer_kernels/memory_write_backward.cuh` has the kernel.
+"""`memory_write` with what goes over the tokens in CUDA C++ on Hopper; all else is Triton's, and the backward of many
+tokens and more slots than a block holds. `csrc/include/memformer_kernels/memory_write_forward.cuh` and
+`memory_write_backward.cuh` have the kernels; of more slots `memory_read_backward.cuh`.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from memformer_kernels import _extension, launch, tiles
-from memformer_kernels.ops.memory_read.cuda import DTYPES, chunk_alone, in_vectors, unsupported_device
+from memformer_kernels.hopper import DTYPES, chunk_of_tokens, in_vectors, unsupported_device, without_padding
+from memformer_kernels.ops.memory_read.cuda import ALONE
 from memformer_kernels.ops.memory_write import triton
-from memformer_kernels.ops.memory_write.triton import forward  # noqa: F401
-from memformer_kernels.ops.per_head import as_new_per_head, new_per_head
+from memformer_kernels.ops.per_head import new_per_head
 from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import LOG2_E
 
-LEAST_SLOTS = 65  # for fewer, Triton's kernel is ahead
-CHUNK, WIDE_CHUNK = 512, 1024  # tokens that a sum is over, at least: of heads up to 64 channels, and wider ones
+LEAST_SLOTS = 65  # for fewer, Triton's kernels are ahead
+# Tokens that a sum is over, at least: of heads up to 64 channels, and wider ones. Forward, for a slot.
+CHUNK_OF_SLOT, WIDE_CHUNK_OF_SLOT = 8, 16
+CHUNK, WIDE_CHUNK = 512, 1024
+TILE = 64  # tokens
+MOST_TOKENS_HELD = 2048  # that stay on chip in the backward of more slots than a block holds, 1024 at a time
 
 
 def unsupported_reason(
@@ -38,16 +46,81 @@ def unsupported_reason(
         return reason
     if (reason := _extension.why_not()) is not None:
         return reason
-    most, channels = _extension.load().memory_write_backward_slots, _extension.load().memory_read_max_channels
-    if not LEAST_SLOTS <= query.shape[2] <= most:
-        return f"query must have {LEAST_SLOTS} to {most} slots, got {query.shape[2]}"
+    if query.shape[2] < LEAST_SLOTS:
+        return (
+            f"query must have at least {LEAST_SLOTS} slots, got {query.shape[2]}: for fewer, Triton's kernels are ahead"
+        )
+    channels = _extension.load().memory_read_max_channels
     if query.shape[3] > channels:
         return f"query must have at most {channels} channels a head, got {query.shape[3]}"
     return unsupported_device(query.device.index)
 
 
+def _chunk_forward(tokens: int, heads: int, slots: int, channels: int, device: torch.device) -> int:
+    """Of more slots the sums are larger, and there are more tiles of slots in the place of chunks; no more of them than
+    keep the GPU busy with the heads of a batch of one.
+    """
+    tile = _extension.load().memory_write_forward_tokens
+    rows = -(-slots // tile) * tile
+    least = rows * (CHUNK_OF_SLOT if channels <= 64 else WIDE_CHUNK_OF_SLOT)
+    return chunk_of_tokens(tokens, least, tile, tiles.multiprocessors(device) // heads)
+
+
 def _chunk(tokens: int, channels: int) -> int:
-    return chunk_alone(tokens, CHUNK if channels <= 64 else WIDE_CHUNK)
+    return chunk_of_tokens(tokens, CHUNK if channels <= 64 else WIDE_CHUNK, TILE)
+
+
+@launch.planned
+def _forward_plan(shape, tokens, bias_strides, dtypes, device, scale, eps, save):
+    """`(chunk, partial results, launcher of what brings heads and them together)`."""
+    chunk = _chunk_forward(tokens, *shape[1:], device)
+    parts = -(-tokens // chunk)
+    return chunk, parts, triton.combine_stage(shape, bias_strides, scale, eps, parts)
+
+
+def forward(
+    query: Tensor,
+    own_key: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    token_mask: Tensor | None,
+    scale: float,
+    eps: float,
+    allow_tf32: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What Triton's returns, but for the last bits."""
+    (B, H, M, D), tokens = query.shape, key.shape[2]
+    if tokens == 0 or D % 8 or slots.numel() == 0:
+        return triton.forward(query, own_key, slots, key, value, bias, token_mask, scale, eps, allow_tf32, save)
+    bias_strides = None if bias is None else bias.stride()
+    dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
+    options = scale, eps, save
+    chunk, parts, combine = _forward_plan(query.shape, tokens, bias_strides, dtypes, query.device, *options)
+    given = [in_vectors(t) for t in (query, own_key, slots.view(B, M, H, D).transpose(1, 2), key, value)]
+    extension = _extension.load()
+
+    def attend(acc: Tensor, statistics: Tensor) -> None:
+        with _extension.on_device(query.device):
+            extension.memory_write_forward(
+                _extension.dtype(query.dtype),
+                _extension.dtype(slots.dtype),
+                *map(_extension.strided, (*given, token_mask)),
+                *map(_extension.address, (acc, *statistics.split((parts, parts, 1)))),
+                B,
+                H,
+                tokens,
+                M,
+                D,
+                chunk,
+                scale * LOG2_E,
+                tiles.multiprocessors(query.device),
+                torch._C._cuda_getCurrentRawStream(query.device.index),
+            )
+
+    return triton.in_parts(query, slots, bias, save, parts, attend, combine)
 
 
 @launch.planned
@@ -79,7 +152,7 @@ def _over_tokens(
     extension = _extension.load()
     with _extension.on_device(query.device):
         extension.memory_write_backward(
-            getattr(extension, DTYPES[query.dtype]),
+            _extension.dtype(query.dtype),
             *map(_extension.strided, (*given, token_mask)),
             *map(_extension.address, (log_sum_exp, delta, partial, grad_key, grad_value)),
             B,
@@ -93,9 +166,56 @@ def _over_tokens(
             tiles.multiprocessors(query.device),
             torch._C._cuda_getCurrentRawStream(query.device.index),
         )
-    if channels == D:
-        return partial, grad_key, grad_value
-    return partial[..., :D].contiguous(), *(as_new_per_head(t[..., :D]) for t in (grad_key, grad_value))
+    grads = without_padding(grad_key, D), without_padding(grad_value, D)
+    return partial if channels == D else partial[..., :D].contiguous(), *grads
+
+
+def _over_tokens_held(
+    query: Tensor,
+    du: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_mask: Tensor | None,
+    log_sum_exp: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_over_tokens`, of more slots than a block holds, by the kernel of `memory_read`, in which the tokens stay on
+    chip and the slots stream past."""
+    (B, H, M, D), tokens = query.shape, key.shape[2]
+    extension = _extension.load()
+    given = [in_vectors(t) for t in (du, query, key, value)]
+    channels, tile = given[0].shape[3], extension.memory_read_backward_tokens
+    padding = (0, -M % tile)
+    log_sum_exp, delta = functional.pad(log_sum_exp, padding, value=torch.inf), functional.pad(delta, padding)
+    statistics = torch.cat([t.view(B, H, -1, 1, tile) for t in (log_sum_exp, delta)], 3)
+    partial = query.new_empty((1, B, M, H, channels), dtype=torch.float32)
+    grad_key, grad_value = (new_per_head(t, tokens) for t in given[2:])
+    with _extension.on_device(query.device):
+        extension.memory_read_backward(
+            _extension.dtype(query.dtype),
+            *map(_extension.strided, (*given, token_mask)),
+            *map(_extension.address, (None, None, None, statistics, partial, None, grad_key, grad_value)),
+            B,
+            H,
+            M,
+            tokens,
+            channels,
+            M + padding[1],
+            scale,
+            scale * LOG2_E,
+            torch._C._cuda_getCurrentRawStream(query.device.index),
+        )
+    grads = without_padding(grad_key, D), without_padding(grad_value, D)
+    return partial if channels == D else partial[..., :D].contiguous(), *grads
+
+
+def _way_over_tokens(slots: int, tokens: int, channels: int) -> tuple[Callable | None, int]:
+    """`(the function that goes over the tokens, partial results)`; None where Triton's kernels do."""
+    if tokens and slots <= _extension.load().memory_write_backward_slots:
+        return _over_tokens, -(-tokens // _chunk(tokens, channels))
+    # a block of the read's that is alone would take delta from the weights, which are without the slot's own
+    return (_over_tokens_held, 1) if ALONE < tokens <= MOST_TOKENS_HELD else (None, 0)
 
 
 def backward(
@@ -117,12 +237,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, own_key, slots, key, value and bias (None when there is none)."""
     (B, H, M, D), tokens = query.shape, key.shape[2]
-    if slots.numel() == 0 or tokens == 0:
+    over_tokens, parts = _way_over_tokens(M, tokens, D)
+    if slots.numel() == 0 or over_tokens is None:
         saved = attended, log_sum_exp, own_weight, inv_norm
         return triton.backward(
             grad, query, own_key, slots, key, value, bias, token_mask, *saved, scale, eps, allow_tf32
         )
-    parts = -(-tokens // _chunk(tokens, D))
     strides = grad.stride(), query.stride(), own_key.stride(), slots.stride(), None if bias is None else bias.stride()
     dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
     groups, rows, finish = _plan(query.shape, parts, *strides, dtypes, query.device, scale, eps)
@@ -140,6 +260,6 @@ def backward(
     if bias is not None and groups > 1:
         sum_partials(groups, M * H * D, bias.dtype, bias.device)(partial_bias, grad_bias)
     given = query, du.transpose(1, 2), key, value, token_mask, log_sum_exp
-    partial, grad_key, grad_value = _over_tokens(*given, row_terms[0], scale)
+    partial, grad_key, grad_value = over_tokens(*given, row_terms[0], scale)
     finish(partial, own_key, row_terms, grad_query)
     return grad_query, grad_own_key, grad_slots, grad_key, grad_value, grad_bias

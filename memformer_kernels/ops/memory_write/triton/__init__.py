@@ -1,5 +1,8 @@
 """`memory_write` in Triton: its limits, its plans, its buffers. The mathematics stands beside the kernels."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -99,16 +102,21 @@ def _forward_plan(
         PRECISION="tf32" if allow_tf32 else "ieee",
         **config,
     )
-    combine = launch.Launcher(
+    return parts, attend, combine_stage(shape, bias_strides, scale, eps, parts, group // at_once, group > 1)
+
+
+def combine_stage(shape, bias_strides, scale, eps, parts, group=1, grouped=False) -> launch.Launcher:
+    """What brings partial results, groups of which are merged first, and the heads of a slot together."""
+    B, H, M, D = shape
+    return launch.Launcher(
         _memory_write_forward_combine_kernel,
         B * M,
-        (bias_strides or (0, 0), scale * LOG2_E, eps, 1 / eps, M, H, parts, group // at_once, B * M * H),
+        (bias_strides or (0, 0), scale * LOG2_E, eps, 1 / eps, M, H, parts, group, B * M * H),
         D=D,
         ONE_PART=parts == 1,
-        GROUPED=group > 1,
+        GROUPED=grouped,
         **tiles.heads_row(H, D),
     )
-    return parts, attend, combine
 
 
 def forward(
@@ -128,14 +136,21 @@ def forward(
 
     The log-sum-exp is that of the scaled logits, over the scale.
     """
-    shape = query.shape
-    B, H, M, D = shape
     strides = query.stride(), own_key.stride(), slots.stride(), key.stride(), value.stride()
     dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
     options = scale, eps, allow_tf32, save
     parts, attend, combine = _forward_plan(
-        shape, key.shape[2], *strides, _strides(bias), _strides(token_mask), dtypes, query.device, *options
+        query.shape, key.shape[2], *strides, _strides(bias), _strides(token_mask), dtypes, query.device, *options
     )
+    attention = functools.partial(attend, query, own_key, slots, key, value, token_mask)
+    return in_parts(query, slots, bias, save, parts, attention, combine)
+
+
+def in_parts(
+    query: Tensor, slots: Tensor, bias: Tensor | None, save: bool, parts: int, attend: Callable, combine: Callable
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What `forward` returns, by `attend(acc, statistics)`, which fills in partial results, and `combine`."""
+    B, H, M, D = query.shape
 
     def new(*sizes: int) -> Tensor:
         return slots.new_empty(sizes, dtype=torch.float32)
@@ -146,7 +161,7 @@ def forward(
     log_sum_exp, own_weight, inv_norm = (new(B, H, M), new(B, H, M), new(B, M)) if save else (None, None, None)
     if output.numel() > 0:
         statistics = new(2 * parts + 1, B, H, M)
-        attend(query, own_key, slots, key, value, token_mask, acc, statistics)
+        attend(acc, statistics)
         saved = attended if save else None, log_sum_exp, own_weight, inv_norm
         combine(acc, statistics, bias, output, *saved)
     return output, attended if save else None, log_sum_exp, own_weight, inv_norm

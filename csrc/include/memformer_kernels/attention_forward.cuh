@@ -1,0 +1,518 @@
+// The forward of both memories' attention on Hopper: rows attend over keys.
+//
+//   s = query key^T      p = softmax(scale s), 0 in a row that sees nothing      output = p value
+//
+// A block has one warpgroup that copies tiles into shared memory and kGroups that compute, each with 64 rows of its
+// own. In the steady state a group issues the logits of the next tile of keys and the product of the present one's
+// weights together, and does the softmax of the first while the second runs; the groups take turns at issuing, so that
+// one computes its softmax while the matrix units are busy with the other's products. Blocks go on to their next tile
+// of rows without a pause: the logits of its first keys are issued with the last product of the tile before.
+//
+// An operation, memory_read_forward.cuh or memory_write_forward.cuh, is a struct that says of its params which tensors
+// are rows and keys, whether a row has an entry of its own beside the keys, and what becomes of a row's sums.
+#pragma once
+
+#include "memformer_kernels/common.cuh"
+#include "memformer_kernels/hopper.cuh"
+#include "memformer_kernels/tensor_map.h"
+
+namespace memformer_kernels {
+
+template <typename T_, int kWidth_, int kKeys_, int kStages_, int kGroups_, bool kMasked_, bool kOwn_>
+struct AttentionTraits {
+  using T = T_;
+  static constexpr int kWidth = kWidth_;    // channels of a head's tile
+  static constexpr int kKeys = kKeys_;      // of a tile
+  static constexpr int kStages = kStages_;  // tiles of keys on their way
+  static constexpr int kGroups = kGroups_;
+  static constexpr bool kMasked = kMasked_;  // whether some keys may be hidden
+  static constexpr bool kOwn = kOwn_;        // whether a row has an entry of its own beside the keys
+  static constexpr int kRows = kGroups * kGroupRows;
+  static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+  // Registers that a block starts with, of one thread of each group, and how the groups share them. More than there are
+  // would be waited for without end.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
+  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
+  static constexpr int kPanels = kWidth / kPanelColumns;
+  static constexpr int kQueryPanel = kRows * kPanelRowBytes;  // bytes
+  static constexpr int kKeyPanel = kKeys * kPanelRowBytes;
+  static constexpr int kQueryTile = kPanels * kQueryPanel;
+  static constexpr int kKeyTile = kPanels * kKeyPanel;
+  static constexpr int kShared = 1024 + 2 * kQueryTile + 2 * kStages * kKeyTile + 8 * (4 + 4 * kStages) +
+                                 (kMasked ? kStages * (8 + 8 + kKeys / 8) : 0) +
+                                 (kOwn ? kQueryTile + 8 + 8 + 8 + 4 * kRows : 0);
+};
+
+// Places in shared memory, as addresses; an index is a place in a ring.
+template <typename Traits>
+struct AttentionShared {
+  static constexpr int kPanels = Traits::kPanels, kQueryPanel = Traits::kQueryPanel;
+  uint32_t base;
+  __device__ uint32_t query(int i) const { return base + i * Traits::kQueryTile; }
+  __device__ uint32_t key(int i) const { return query(2) + i * Traits::kKeyTile; }
+  __device__ uint32_t value(int i) const { return key(Traits::kStages) + i * Traits::kKeyTile; }
+  __device__ uint32_t own() const { return value(Traits::kStages); }  // keys, then values, laid out as queries
+  __device__ uint32_t query_full(int i) const { return own() + Traits::kOwn * Traits::kQueryTile + 8 * i; }
+  __device__ uint32_t query_empty(int i) const { return query_full(2 + i); }
+  __device__ uint32_t key_full(int i) const { return query_empty(2 + i); }
+  __device__ uint32_t value_full(int i) const { return key_full(Traits::kStages + i); }
+  __device__ uint32_t key_empty(int i) const { return value_full(Traits::kStages + i); }
+  __device__ uint32_t value_empty(int i) const { return key_empty(Traits::kStages + i); }
+  // With a mask: when values are there, which are then cleared; which keys are visible, a bit for each.
+  __device__ uint32_t value_copied(int i) const {
+    return Traits::kMasked ? value_empty(Traits::kStages + i) : value_full(i);
+  }
+  __device__ uint32_t visible_full(int i) const { return value_copied(Traits::kStages + i); }
+  __device__ uint32_t visible(int i) const { return visible_full(Traits::kStages) + i * Traits::kKeys / 8; }
+  __device__ uint32_t own_full() const {
+    return Traits::kMasked ? visible(Traits::kStages) : value_empty(Traits::kStages);
+  }
+  __device__ uint32_t own_empty() const { return own_full() + 8; }
+  __device__ uint32_t own_key_full() const { return own_full() + 16; }
+  __device__ uint32_t own_logits() const { return own_full() + 24; }
+};
+
+constexpr int kOwnThreads = 2 * kWarpSize;
+
+struct AttentionTile {
+  int batch, head, row;                   // the first row
+  int chunk, first_key, keys, key_tiles;  // that its sums are over
+};
+
+// Tiles of a head's rows follow one another, then heads, then chunks of the keys.
+template <typename Traits, typename Op>
+__device__ __forceinline__ AttentionTile attention_tile(const typename Op::Params& params, int tile) {
+  const int row_tiles = static_cast<int>(ceil_div<int64_t>(Op::rows(params), Traits::kRows));
+  const int H = static_cast<int>(params.H), row = tile % row_tiles * Traits::kRows;
+  int head = tile / row_tiles, chunk = 0, first_key = 0, keys = static_cast<int>(Op::keys(params));
+  if constexpr (Op::kChunks) {
+    const int heads = static_cast<int>(params.B) * H, size = static_cast<int>(params.chunk);
+    chunk = head / heads;
+    head %= heads;
+    first_key = chunk * size;
+    keys = keys - first_key < size ? keys - first_key : size;
+  }
+  return {head / H, head % H, row, chunk, first_key, keys, ceil_div(keys, Traits::kKeys)};
+}
+
+// Rows from `first` on of the tile's head; `full` then says that they are there.
+template <typename Traits, int kPanelBytes>
+__device__ __forceinline__ void copy_rows(uint32_t target, const CUtensorMap& map, uint32_t full, int first,
+                                          const AttentionTile& at) {
+  barrier_arrive_expecting(full, Traits::kPanels * kPanelBytes);
+#pragma unroll
+  for (int p = 0; p < Traits::kPanels; ++p) {
+    copy_tile(target + p * kPanelBytes, &map, full, p * kPanelColumns, first, at.head, at.batch);
+  }
+}
+
+template <typename Traits, typename Op>
+__device__ __forceinline__ void attention_copy(const typename Op::Params& params, const CUtensorMap& query_map,
+                                               const CUtensorMap& key_map, const CUtensorMap& value_map,
+                                               AttentionShared<Traits> shared, int tiles) {
+  Ring<2> queries;
+  Ring<Traits::kStages> keys;
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, queries.next()) {
+    const AttentionTile at = attention_tile<Traits, Op>(params, tile);
+    const int query = queries.place;
+    barrier_wait(shared.query_empty(query), queries.parity ^ 1);
+    copy_rows<Traits, Traits::kQueryPanel>(shared.query(query), query_map, shared.query_full(query), at.row, at);
+#pragma unroll 1
+    for (int i = at.key_tiles - 1; i >= 0; --i, keys.next()) {
+      const int place = keys.place, first = at.first_key + i * Traits::kKeys;
+      barrier_wait(shared.key_empty(place), keys.parity ^ 1);
+      copy_rows<Traits, Traits::kKeyPanel>(shared.key(place), key_map, shared.key_full(place), first, at);
+      barrier_wait(shared.value_empty(place), keys.parity ^ 1);
+      copy_rows<Traits, Traits::kKeyPanel>(shared.value(place), value_map, shared.value_copied(place), first, at);
+    }
+  }
+}
+
+// By kOwnThreads: the logits of the rows' own entries, which belong to the first chunk, from their keys, and then copies
+// of their values in the place of the keys.
+template <typename Traits, typename Op>
+__device__ __forceinline__ void attention_own(const typename Op::Params& params, const CUtensorMap& own_key_map,
+                                              const CUtensorMap& own_value_map, AttentionShared<Traits> shared,
+                                              int tiles, int thread) {
+  Ring<2> queries;
+  Ring<1> own;
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, queries.next()) {
+    const AttentionTile at = attention_tile<Traits, Op>(params, tile);
+    const uint32_t query = shared.query(queries.place), query_full = shared.query_full(queries.place);
+    if (at.chunk > 0) {
+      barrier_wait(query_full, queries.parity);
+    } else {
+      barrier_wait(shared.own_empty(), own.parity ^ 1);
+      if (thread == 0) {
+        copy_rows<Traits, Traits::kQueryPanel>(shared.own(), own_key_map, shared.own_key_full(), at.row, at);
+      }
+      barrier_wait(query_full, queries.parity);
+      barrier_wait(shared.own_key_full(), own.parity);
+#pragma unroll 1
+      for (int row = thread; row < Traits::kRows; row += kOwnThreads) {
+        Op::template own_logit<typename Traits::T>(params, at, row, query, shared.own(), shared);
+      }
+      named_barrier_sync(1 + Traits::kGroups, kOwnThreads);  // all have read the keys
+      if (thread == 0 && Op::copies_own(params)) {
+        copy_rows<Traits, Traits::kQueryPanel>(shared.own(), own_value_map, shared.own_full(), at.row, at);
+      } else {
+        barrier_arrive(shared.own_full());
+      }
+      own.next();
+    }
+    barrier_arrive(shared.query_empty(queries.place));
+  }
+}
+
+// With a mask, by one warp: says which keys of a tile are visible, and clears the values of the others, which, even
+// NaN, must not reach the product with their weights of 0.
+template <typename Traits, typename Op>
+__device__ __forceinline__ void attention_mask(const typename Op::Params& params, AttentionShared<Traits> shared,
+                                               int tiles) {
+  constexpr int kWords = Traits::kKeys / kWarpSize;
+  constexpr int kRowVectors = kPanelRowBytes / 16, kRowsAtOnce = kWarpSize / kRowVectors;
+  const int lane = threadIdx.x % kWarpSize;
+  Ring<Traits::kStages> values;
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const AttentionTile at = attention_tile<Traits, Op>(params, tile);
+    const int64_t stride = Op::mask(params).stride[1];
+    const uint8_t* mask = Op::mask(params).data + at.batch * Op::mask(params).stride[0] + at.first_key * stride;
+#pragma unroll 1
+    for (int i = at.key_tiles - 1; i >= 0; --i, values.next()) {
+      uint32_t visible[kWords];
+      bool all = true;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const int key = i * Traits::kKeys + w * kWarpSize + lane;
+        visible[w] = __ballot_sync(0xffffffffu, key < at.keys && mask[key * stride]);
+        all = all && visible[w] == 0xffffffffu;
+      }
+      barrier_wait(shared.value_empty(values.place), values.parity ^ 1);
+      if (lane == 0) {
+#pragma unroll
+        for (int w = 0; w < kWords; w += 2) {
+          store_shared2(shared.visible(values.place) + 4 * w, __uint_as_float(visible[w]),
+                        __uint_as_float(visible[w + 1]));
+        }
+        barrier_arrive(shared.visible_full(values.place));
+      }
+      __syncwarp();
+      barrier_wait(shared.value_copied(values.place), values.parity);
+      if (!all) {
+        const uint32_t value = shared.value(values.place) + lane * 16;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+#pragma unroll 1
+          for (int row = 0; row < kWarpSize; row += kRowsAtOnce) {
+            if (visible[w] >> (row + lane / kRowVectors) & 1) continue;
+#pragma unroll
+            for (int p = 0; p < Traits::kPanels; ++p) {
+              store_shared_zero(value + p * Traits::kKeyPanel + (w * kWarpSize + row) * kPanelRowBytes);
+            }
+          }
+        }
+      }
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(shared.value_full(values.place));
+    }
+  }
+}
+
+constexpr float kNearLogits = 128.0f;  // scaled, in base 2
+
+template <typename Traits, typename Op>
+__device__ __forceinline__ void attention_compute(const typename Op::Params& params, AttentionShared<Traits> shared,
+                                                  int64_t tiles, int group) {
+  using T = typename Traits::T;
+  constexpr int kKeys = Traits::kKeys, kWidth = Traits::kWidth;
+  constexpr int kKeySteps = kKeys / 16, kWidthSteps = kWidth / 16;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % 4;
+  const bool elected = lane == 0;
+  const float log2_scale = params.log2_scale;
+
+  float s[kKeys / 2];         // logits, then weights; thread's rows are lane / 4 and that + 8 of its warp's 16
+  uint32_t p[kKeys / 4];      // weights, rounded
+  float out[kWidth / 2];
+  float top[2], total[2];      // of the rows that s and p are of
+  bool seen = false;
+
+  Ring<2> queries;
+  Ring<Traits::kStages> keys, values, masks;
+  [[maybe_unused]] Ring<1> own;
+  int tile = blockIdx.x;
+  if (tile >= tiles) return;
+
+  const auto issue_logits = [&] {
+    const uint64_t a = tile_descriptor(shared.query(queries.place) + group * kGroupRows * kPanelRowBytes, 0);
+    const uint64_t b = tile_descriptor(shared.key(keys.place), 0);
+#pragma unroll
+    for (int k = 0; k < kWidthSteps; ++k) {
+      const int panel = k / 4, inside = k % 4 * 32;
+      product<T, kAlongSum, kAlongSum>(s, a + ((panel * Traits::kQueryPanel + inside) >> 4),
+                                       b + ((panel * Traits::kKeyPanel + inside) >> 4), k > 0);
+    }
+  };
+  const auto issue_output = [&](bool adds) {
+    const uint64_t b = tile_descriptor(shared.value(values.place), Traits::kKeyPanel);
+#pragma unroll
+    for (int k = 0; k < kKeySteps; ++k) product<T, kAcrossSum>(out, p + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
+  };
+  // Logits of one tile of keys into weights relative to the new maximum; what the sums so far shrink by.
+  const auto softmax = [&](int key_tile, const AttentionTile& at, bool first, float(&shrink)[2]) {
+    bool masked = first && at.keys % kKeys != 0;  // the last keys come first
+    [[maybe_unused]] uint32_t visible[kKeys / kWarpSize];
+    if constexpr (Traits::kMasked) {
+      barrier_wait(shared.visible_full(masks.place), masks.parity);
+      masked = false;
+#pragma unroll
+      for (int w = 0; w < kKeys / kWarpSize; w += 2) {  // by the lane that later says that they may be overwritten
+        const float2 words = elected ? load_shared2(shared.visible(masks.place) + 4 * w) : float2{};
+        visible[w] = __shfl_sync(0xffffffffu, __float_as_uint(words.x), 0);
+        visible[w + 1] = __shfl_sync(0xffffffffu, __float_as_uint(words.y), 0);
+        masked = masked || (visible[w] & visible[w + 1]) != 0xffffffffu;
+        seen = (first && w == 0 ? false : seen) || (visible[w] | visible[w + 1]) != 0;
+      }
+      masked = __any_sync(0xffffffffu, masked);
+      masks.next();
+    }
+    if (first) {
+      if constexpr (!Traits::kMasked) seen = true;
+      top[0] = top[1] = -INFINITY;
+      total[0] = total[1] = 0.0f;
+    }
+    if (masked) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; i += 4) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int column = lane % 4 * 2 + j;
+          bool keep = i * 2 + column < at.keys - key_tile * kKeys;
+          if constexpr (Traits::kMasked) keep = visible[i / 16] >> (i / 4 % 4 * 8 + column) & 1;
+          if (!keep) s[i + j] = s[i + j + 2] = -INFINITY;
+        }
+      }
+    }
+    float reference[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float most[4];  // chains of a quarter of the length
+#pragma unroll
+      for (int c = 0; c < 4; ++c) most[c] = s[c / 2 * 4 + c % 2 + 2 * r];
+#pragma unroll
+      for (int i = 8; i < kKeys / 2; i += 8) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) most[c] = fmaxf(most[c], s[i + c / 2 * 4 + c % 2 + 2 * r]);
+      }
+      float new_top = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+      new_top = fmaxf(new_top, __shfl_xor_sync(0xffffffffu, new_top, 1));
+      new_top = fmaxf(new_top, __shfl_xor_sync(0xffffffffu, new_top, 2));
+      new_top = fmaxf(new_top, top[r]);
+      reference[r] = new_top == -INFINITY ? 0.0f : new_top;  // nothing visible so far: 0, not NaN
+      shrink[r] = exp2_fast((top[r] - reference[r]) * log2_scale);
+      top[r] = new_top;
+    }
+    const auto weigh = [&](auto exact) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float offset = reference[r] * log2_scale;
+        float sum[4] = {total[r] * shrink[r], 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; i += 8) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            float& x = s[i + c / 2 * 4 + c % 2 + 2 * r];
+            x = exp2_fast(decltype(exact)::value ? (x - reference[r]) * log2_scale : fmaf(x, log2_scale, -offset));
+            sum[c] += x;
+          }
+        }
+        total[r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      }
+    };
+    // One instruction for two where all it costs is a factor of 1 +- 2^-18 that the weights of a row and tile share.
+    const float largest = fmaxf(fabsf(reference[0]), fabsf(reference[1])) * log2_scale;
+    if (__all_sync(0xffffffffu, largest < kNearLogits)) {
+      weigh(std::false_type{});
+    } else {
+      weigh(std::true_type{});
+    }
+  };
+  const auto round_weights = [&] {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+  };
+  float shrink[2];
+  barrier_wait(shared.query_full(0), 0);
+  barrier_wait(shared.key_full(0), 0);
+  product_fence();
+  issue_logits();
+  product_commit();
+  product_wait<0>();
+  pin(s);
+  if (elected) barrier_arrive(shared.key_empty(0));
+  keys.next();
+  AttentionTile at = attention_tile<Traits, Op>(params, tile);
+  int key_tile = at.key_tiles - 1;  // of p
+  softmax(key_tile, at, true, shrink);
+  round_weights();
+  if (group == Traits::kGroups - 1) named_barrier_arrive(1, 2 * kGroupThreads);  // the first turn is group 0's
+
+  bool adds = false;  // whether `out` holds a sum of this row tile
+  while (true) {
+    const bool last = key_tile == 0;
+    const int next_tile = last ? tile + static_cast<int>(gridDim.x) : tile;
+    const bool more = next_tile < tiles;
+    if (last) {
+      if (elected) barrier_arrive(shared.query_empty(queries.place));
+      queries.next();
+      if (more) barrier_wait(shared.query_full(queries.place), queries.parity);
+    }
+    if (more) barrier_wait(shared.key_full(keys.place), keys.parity);
+    named_barrier_sync(1 + group, 2 * kGroupThreads);
+    pin(s);
+    pin(out);
+    product_fence();
+    issue_logits();  // past the end, of what happens to lie there
+    product_commit();
+    barrier_wait(shared.value_full(values.place), values.parity);
+    issue_output(adds);
+    product_commit();
+    named_barrier_arrive(1 + (group + 1) % Traits::kGroups, 2 * kGroupThreads);
+    product_wait<1>();
+    pin(s);
+    if (elected && more) barrier_arrive(shared.key_empty(keys.place));
+    keys.next();
+    if (last) {
+      product_wait<0>();
+      pin(out);
+      if (elected) barrier_arrive(shared.value_empty(values.place));
+      values.next();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
+        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
+      }
+      at = attention_tile<Traits, Op>(params, fresh(tile));  // not kept, as registers are few
+      const int row = group * kGroupRows + warp * 16 + lane / 4;  // of the tile
+      if constexpr (Traits::kOwn) {
+        const bool has_own = at.chunk == 0;
+        if (has_own) barrier_wait(shared.own_full(), own.parity);
+        Op::template store<T>(params, at, row, top, total, out, seen, shared);
+        if (has_own) {
+          barrier_arrive(shared.own_empty());
+          own.next();
+        }
+      } else {
+        Op::template store<T>(params, at, row, top, total, out, seen);
+      }
+      if (!more) break;
+      tile = next_tile;
+      at = attention_tile<Traits, Op>(params, tile);
+      key_tile = at.key_tiles - 1;
+      softmax(key_tile, at, true, shrink);
+    } else {
+      --key_tile;
+      softmax(key_tile, at, false, shrink);
+      pin(s);
+      if (at.keys > 0) product_wait<0>();  // always: without a branch, ptxas moves the wait up before the softmax
+      product_wait<0>();
+      pin(out);
+      pin(s);
+      if (elected) barrier_arrive(shared.value_empty(values.place));
+      values.next();
+#pragma unroll
+      for (int i = 0; i < kWidth / 2; ++i) out[i] *= shrink[i / 2 % 2];
+    }
+    adds = !last;
+    round_weights();
+  }
+}
+
+template <typename Traits, typename Op>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attention_forward_kernel(const __grid_constant__ typename Op::Params params,
+                             const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap key_map,
+                             const __grid_constant__ CUtensorMap value_map,
+                             const __grid_constant__ CUtensorMap own_key_map,
+                             const __grid_constant__ CUtensorMap own_value_map, int tiles) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ char dynamic[];
+  const AttentionShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
+  if (threadIdx.x == 0) {
+    constexpr int kReaders = Traits::kGroups * kGroupThreads / kWarpSize;
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(shared.query_full(i), 1);
+      barrier_init(shared.query_empty(i), kReaders + (Traits::kOwn ? kOwnThreads : 0));
+    }
+    for (int i = 0; i < Traits::kStages; ++i) {
+      barrier_init(shared.key_full(i), 1);
+      barrier_init(shared.value_full(i), 1);
+      barrier_init(shared.key_empty(i), kReaders);
+      barrier_init(shared.value_empty(i), kReaders);
+      if (Traits::kMasked) {
+        barrier_init(shared.value_copied(i), 1);
+        barrier_init(shared.visible_full(i), 1);
+      }
+    }
+    if (Traits::kOwn) {
+      barrier_init(shared.own_key_full(), 1);
+      barrier_init(shared.own_full(), kOwnThreads);
+      barrier_init(shared.own_empty(), Traits::kGroups * kGroupThreads);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int group = threadIdx.x / kGroupThreads;
+  if (group == 0) {
+    give_registers<Traits::kCopyRegisters>();
+    if (threadIdx.x == 0) {
+      attention_copy<Traits, Op>(params, query_map, key_map, value_map, shared, tiles);
+    }
+    if constexpr (Traits::kMasked) {
+      if (threadIdx.x / kWarpSize == 1) attention_mask<Traits, Op>(params, shared, tiles);
+    }
+    if constexpr (Traits::kOwn) {
+      const int thread = static_cast<int>(threadIdx.x) - (kGroupThreads - kOwnThreads);
+      if (thread >= 0) attention_own<Traits, Op>(params, own_key_map, own_value_map, shared, tiles, thread);
+    }
+  } else {
+    take_registers<Traits::kComputeRegisters>();
+    attention_compute<Traits, Op>(params, shared, tiles, group - 1);
+  }
+#endif
+}
+
+template <typename Traits, typename Op>
+cudaError_t launch_attention_forward(const typename Op::Params& params, int64_t chunks) {
+  const auto kernel = attention_forward_kernel<Traits, Op>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
+  CUtensorMap query{}, key{}, value{}, own_key{}, own_value{};
+  const auto map = [&params](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
+    return make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
+  };
+  if (error == cudaSuccess) error = map(&query, params.query, Op::rows(params), Traits::kRows);
+  if (error == cudaSuccess) error = map(&key, params.key, Op::keys(params), Traits::kKeys);
+  if (error == cudaSuccess) error = map(&value, params.value, Op::keys(params), Traits::kKeys);
+  if constexpr (Traits::kOwn) {
+    if (error == cudaSuccess) error = map(&own_key, params.own_key, Op::rows(params), Traits::kRows);
+    if (error == cudaSuccess && Op::copies_own(params)) {
+      error = map(&own_value, params.slots, Op::rows(params), Traits::kRows);
+    }
+  }
+  if (error != cudaSuccess) return error;
+  const int64_t tiles = ceil_div<int64_t>(Op::rows(params), Traits::kRows) * params.B * params.H * chunks;
+  if (tiles > INT32_MAX - params.multiprocessors || Op::rows(params) > INT32_MAX - Traits::kRows ||
+      Op::keys(params) > INT32_MAX - Traits::kKeys) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const unsigned blocks = static_cast<unsigned>(tiles < params.multiprocessors ? tiles : params.multiprocessors);
+  kernel<<<blocks, Traits::kThreads, Traits::kShared, params.stream>>>(  //
+      params, query, key, value, own_key, own_value, static_cast<int>(tiles));
+  return cudaGetLastError();
+}
+
+}  // namespace memformer_kernels
