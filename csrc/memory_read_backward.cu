@@ -71,21 +71,21 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
   return cudaLaunchKernelEx(&config, kernel, params, work, grad, query, key, value);
 }
 
-template <typename T, int kWidth>
+template <typename T, int kChannels>
 cudaError_t launch(const MemoryReadBackwardParams& params) {
-  if (params.M <= kMemoryReadBackwardAlone) return launch_kernels<ReadBackwardTraits<T, kWidth, 1>>(params);
-  if (params.M <= 256) return launch_kernels<ReadBackwardTraits<T, kWidth, 2>>(params);
-  if constexpr (kWidth == 64) {  // at wide heads there is no room for what does not divide the units
-    if (params.M <= 384) return launch_kernels<ReadBackwardTraits<T, kWidth, 3>>(params);
-    if (512 < params.M && params.M <= 768) return launch_kernels<ReadBackwardTraits<T, kWidth, 6>>(params);
+  if (params.M <= kMemoryReadBackwardAlone) return launch_kernels<ReadBackwardTraits<T, kChannels, 1>>(params);
+  if (params.M <= 256) return launch_kernels<ReadBackwardTraits<T, kChannels, 2>>(params);
+  if constexpr (kChannels == 64) {  // at wide heads there is no room for what does not divide the units
+    if (params.M <= 384) return launch_kernels<ReadBackwardTraits<T, kChannels, 3>>(params);
+    if (512 < params.M && params.M <= 768) return launch_kernels<ReadBackwardTraits<T, kChannels, 6>>(params);
   }
-  if (params.M <= 512) return launch_kernels<ReadBackwardTraits<T, kWidth, 4>>(params);
-  return launch_kernels<ReadBackwardTraits<T, kWidth, 8>>(params);
+  if (params.M <= 512) return launch_kernels<ReadBackwardTraits<T, kChannels, 4>>(params);
+  return launch_kernels<ReadBackwardTraits<T, kChannels, 8>>(params);
 }
 
 template <typename T>
 cudaError_t launch(const MemoryReadBackwardParams& params) {
-  return params.D <= 64 ? launch<T, 64>(params) : launch<T, 128>(params);
+  return params.D <= 64 ? launch<T, 64>(params) : params.D <= 96 ? launch<T, 96>(params) : launch<T, 128>(params);
 }
 
 }  // namespace

@@ -9,10 +9,12 @@ namespace {
 template <typename T, bool kMasked>
 cudaError_t launch(const MemoryReadForwardParams& params) {
   using Narrow = AttentionTraits<T, 64, 128, 3, kMasked ? 2 : 3, kMasked, false>;
+  using Middle = AttentionTraits<T, 96, 128, 2, 2, kMasked, false>;
   using Wide = AttentionTraits<T, 128, 128, 2, 2, kMasked, false>;
   if (params.D % 8 != 0) return cudaErrorInvalidValue;
-  return params.D <= 64 ? launch_attention_forward<Narrow, MemoryReadForward>(params, 1)
-                        : launch_attention_forward<Wide, MemoryReadForward>(params, 1);
+  if (params.D > Middle::kWidth) return launch_attention_forward<Wide, MemoryReadForward>(params, 1);
+  if (params.D > Narrow::kWidth) return launch_attention_forward<Middle, MemoryReadForward>(params, 1);
+  return launch_attention_forward<Narrow, MemoryReadForward>(params, 1);
 }
 
 template <typename T>

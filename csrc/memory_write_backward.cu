@@ -7,9 +7,9 @@
 namespace memformer_kernels {
 namespace {
 
-template <typename T, int kWidth>
+template <typename T, int kChannels>
 cudaError_t launch(const MemoryWriteBackwardParams& params) {
-  using Traits = WriteBackwardTraits<T, kWidth>;
+  using Traits = WriteBackwardTraits<T, kChannels>;
   const int64_t chunks = ceil_div(params.L, params.chunk), parts = params.B * params.H * chunks;
   if (params.M > Traits::kSlots) return cudaErrorInvalidValue;
   if (parts > INT32_MAX || params.L > INT32_MAX - params.chunk ||
@@ -36,7 +36,7 @@ cudaError_t launch(const MemoryWriteBackwardParams& params) {
 
 template <typename T>
 cudaError_t launch(const MemoryWriteBackwardParams& params) {
-  return params.D <= 64 ? launch<T, 64>(params) : launch<T, 128>(params);
+  return params.D <= 64 ? launch<T, 64>(params) : params.D <= 96 ? launch<T, 96>(params) : launch<T, 128>(params);
 }
 
 }  // namespace

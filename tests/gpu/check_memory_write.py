@@ -14,7 +14,7 @@ from triton_calls import LAYOUTS, answer, contiguous, differing, differing_in_la
 from memformer_kernels import memory_write, testing
 from memformer_kernels.testing import Case, cotangent, error_bound, make_case, shares_of_bound
 
-WIDTHS = (8, 20, 64, 80, 128)
+WIDTHS = (8, 20, 64, 80, 96, 128)
 SLOTS = (65, 96, 100, 128, 129, 330)  # from 129 on the backward is Triton's
 TOKENS = (1, 63, 64, 65, 128, 200, 513, 1000, 3000)
 HIDDEN = (0, 0.3, 0, 0.9, "a tile", "one row", 1.0)
@@ -133,7 +133,7 @@ def check_saving(dtype):
 
 def check_batch(dtype):
     """G7, G8: a row has the same bits alone, and a hundred times over."""
-    for width, slots, tokens in ((64, 128, 2500), (128, 96, 2500), (64, 100, 65), (64, 200, 300)):
+    for width, slots, tokens in ((64, 128, 2500), (128, 96, 2500), (96, 100, 333), (64, 100, 65), (64, 200, 300)):
         sizes = dict(batch=40, heads=8, slots=slots, tokens=tokens, width=width)
         cuda_checks.batches(run, case_of(dtype, bias=False, **sizes))
     return {"repeats": 100}

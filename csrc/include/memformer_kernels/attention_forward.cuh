@@ -34,7 +34,7 @@ struct AttentionTraits {
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
   static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
-  static constexpr int kPanels = kWidth / kPanelColumns;
+  static constexpr int kPanels = ceil_div(kWidth, kPanelColumns);
   static constexpr int kQueryPanel = kRows * kPanelRowBytes;  // bytes
   static constexpr int kKeyPanel = kKeys * kPanelRowBytes;
   static constexpr int kQueryTile = kPanels * kQueryPanel;

@@ -317,8 +317,8 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
 #define MK_16(d, i) MK_8(d, i), MK_8(d, i + 8)
 #define MK_NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define MK_NAMES_32 MK_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define MK_NAMES_64 MK_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51," \
-    "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define MK_NAMES_48 MK_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define MK_NAMES_64 MK_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // The two products of a type and a width N: d [64, N] is a [64, 16] times b [16, N], with `adds` added to what d holds.
 //   product<T, A, B>(d, a, b, adds): a and b in shared memory
@@ -346,6 +346,8 @@ enum Major { kAlongSum = 0, kAcrossSum = 1 };
 #define MK_PRODUCTS_OF(TYPE) \
   MK_PRODUCTS(TYPE, 32, MK_NAMES_16, "%16", "%17", "%18", "%19", "%20", "%21", "%22", MK_16(d, 0)) \
   MK_PRODUCTS(TYPE, 64, MK_NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", MK_16(d, 0), MK_16(d, 16)) \
+  MK_PRODUCTS(TYPE, 96, MK_NAMES_48, "%48", "%49", "%50", "%51", "%52", "%53", "%54", MK_16(d, 0), MK_16(d, 16), \
+              MK_16(d, 32)) \
   MK_PRODUCTS(TYPE, 128, MK_NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", MK_16(d, 0), MK_16(d, 16), \
               MK_16(d, 32), MK_16(d, 48))
 MK_PRODUCTS_OF(f16)
@@ -353,6 +355,7 @@ MK_PRODUCTS_OF(bf16)
 #undef MK_PRODUCTS_OF
 #undef MK_PRODUCTS
 #undef MK_NAMES_64
+#undef MK_NAMES_48
 #undef MK_NAMES_32
 #undef MK_NAMES_16
 #undef MK_16

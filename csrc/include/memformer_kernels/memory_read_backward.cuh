@@ -17,10 +17,11 @@
 
 namespace memformer_kernels {
 
-template <typename T, int kWidth, int kBlocks_>
-struct ReadBackwardTraits : SlotTiles<T, kWidth> {
-  using Tiles = SlotTiles<T, kWidth>;
-  using Tiles::kGroups, Tiles::kScoreTile, Tiles::kSlotTile, Tiles::kTokens, Tiles::kTokenTile, Tiles::kWide;
+template <typename T, int kChannels, int kBlocks_>
+struct ReadBackwardTraits : SlotTiles<T, kChannels> {
+  using Tiles = SlotTiles<T, kChannels>;
+  using Tiles::kGroups, Tiles::kScoreTile, Tiles::kSlotTile, Tiles::kTokens, Tiles::kTokenTile, Tiles::kWide,
+      Tiles::kWidth;
   static constexpr int kBlocks = kBlocks_;        // of a cluster: 1, 2, 3, 4, 6 or 8
   static constexpr bool kAlone = kBlocks == 1;
   static constexpr bool kGrouped = kBlocks == 8;  // may have more slots than it holds, one group after the other
@@ -176,7 +177,8 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
                                                       const ReadBackwardWork& work, ReadBackwardShared<Traits> shared,
                                                       int group) {
   using T = typename Traits::T;
-  constexpr int kWidth = Traits::kWidth, kTokens = Traits::kTokens, kGroupCount = Traits::kGroups;
+  constexpr int kWidth = Traits::kWidth, kChannels = Traits::kChannels, kTokens = Traits::kTokens;
+  constexpr int kGroupCount = Traits::kGroups;
   constexpr int kThreads = kGroupCount * kGroupThreads;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize % 4, 0);
@@ -185,7 +187,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
 
   float s[kTokens / 2], dp[kTokens / 2];     // [slots, tokens]: logits, then weights; their gradients
   uint32_t p[kTokens / 4], ds[kTokens / 4];  // rounded
-  float grad_key[kWidth / 2], grad_value[kWidth / 2];
+  float grad_key[kChannels / 2], grad_value[kChannels / 2];
   float grad_query[kWidth / 4];  // of this group's half of the channels
   uint32_t key[Traits::kWide ? 1 : kWidth / 4], value[Traits::kWide ? 1 : kWidth / 4];  // narrow heads' stay here
 
@@ -200,7 +202,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
     slots.issue_against(dp, value, shared.value(held.place), shared.grad(stage.place));
   };
   const auto issue_grad_query = [&] {
-    slots.issue_over_slots(grad_query, shared.scores(multiplied.place), shared.key(held.place));
+    slots.issue_over_slots(grad_query, shared.scores(multiplied.place), shared.key(held.place), group * kWidth / 2);
   };
   const auto store_scores = [&] {
     slots.store_scores(shared.scores(stored.place), ds);

@@ -5,7 +5,7 @@
 //
 // As in memory_read_backward.cuh a block holds the slots of a head, up to 128, and the tokens stream past; here the sum
 // that stays in registers is the query's, and a tile of tokens has two gradients of its own. Both need all slots: the
-// two groups hand each other their weights and ds through shared memory, and take half of the channels each.
+// two groups hand each other their weights and ds through shared memory; one has the keys' gradient, one the values'.
 #pragma once
 
 #include "memformer_kernels/memory_write.h"
@@ -13,9 +13,9 @@
 
 namespace memformer_kernels {
 
-template <typename T, int kWidth>
-struct WriteBackwardTraits : SlotTiles<T, kWidth> {
-  using Tiles = SlotTiles<T, kWidth>;
+template <typename T, int kChannels>
+struct WriteBackwardTraits : SlotTiles<T, kChannels> {
+  using Tiles = SlotTiles<T, kChannels>;
   using Tiles::kScoreTile, Tiles::kSlots, Tiles::kSlotTile, Tiles::kTokenTile, Tiles::kWide;
   static constexpr int kHeld = kWide ? 1 : 2;    // pairs of queries and du on chip: those of the next head too
   static constexpr int kStages = kWide ? 2 : 3;  // tiles of tokens on their way
@@ -124,7 +124,7 @@ template <typename Traits>
 __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackwardParams& params, int parts, int chunks,
                                                        WriteBackwardShared<Traits> shared, int group) {
   using T = typename Traits::T;
-  constexpr int kWidth = Traits::kWidth, kTokens = Traits::kTokens;
+  constexpr int kChannels = Traits::kChannels, kTokens = Traits::kTokens;
   constexpr int kThreads = Traits::kGroups * kGroupThreads;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize % 4, 0);
@@ -134,9 +134,10 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
 
   float s[kTokens / 2], dp[kTokens / 2];  // [slots, tokens]: logits, then weights; their gradients
   uint32_t ds[kTokens / 4];               // rounded
-  float grad_query[kWidth / 2];
-  float grad_key[kWidth / 4], grad_value[kWidth / 4];  // of this group's half of the channels
-  uint32_t query[Traits::kWide ? 1 : kWidth / 4], du[Traits::kWide ? 1 : kWidth / 4];  // narrow heads' stay here
+  float grad_query[kChannels / 2];
+  const bool has_keys = group == 0;
+  float grad_tokens[kChannels / 2];  // of the tile's keys or values
+  uint32_t query[Traits::kWide ? 1 : kChannels / 4], du[Traits::kWide ? 1 : kChannels / 4];  // narrow heads' stay here
   float log_sum_exp[2], delta[2];                      // of this thread's slots
 
   Ring<Traits::kHeld> held;
@@ -149,8 +150,8 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     slots.issue_against(dp, du, shared.du(held.place), shared.value(stage.place));
   };
   const auto issue_of_tile = [&] {
-    slots.issue_over_slots(grad_value, shared.weights(multiplied.place), shared.du(held.place));
-    slots.issue_over_slots(grad_key, shared.scores(multiplied.place), shared.query(held.place));
+    const uint32_t weights = has_keys ? shared.scores(multiplied.place) : shared.weights(multiplied.place);
+    slots.issue_over_slots(grad_tokens, weights, has_keys ? shared.query(held.place) : shared.du(held.place), 0);
   };
 
   struct Rows {        // of the tokens' gradients, of a tile
@@ -158,13 +159,13 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     uint32_t visible;  // 16 tokens of this warp, a bit for each
     int count;         // up to the end
   };
-  const auto store_of_tokens = [&](void* to, const float(&of)[kWidth / 4], const Rows& rows, float scale) {
+  const auto store_of_tokens = [&](const Rows& rows) {
     const int row_size = static_cast<int>(params.H) * params.D, in_warp = fresh(lane) / 4;
-    const int row = warp * 16 + in_warp, first = group * kWidth / 2;
+    const int row = warp * 16 + in_warp;
     const TwoRows two{{row < rows.count, row + 8 < rows.count},
                       {(rows.visible >> in_warp & 1) != 0, (rows.visible >> in_warp & 0x100) != 0}};
-    T* target = static_cast<T*>(to) + rows.element + row * row_size + first;
-    store_rows(target, 8 * row_size, two, of, scale, params.D - first);
+    T* target = static_cast<T*>(has_keys ? params.grad_key : params.grad_value) + rows.element + row * row_size;
+    store_rows(target, 8 * row_size, two, grad_tokens, has_keys ? params.scale : 1.0f, params.D);
   };
   const auto store_partial = [&](const WriteBackwardItem& at) {
     const int row_size = static_cast<int>(params.H) * params.D;
@@ -211,7 +212,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
   // Whatever hidden keys hold, even NaN, must not reach the product with ds.
   const auto clear_hidden_keys = [&] {
     if (params.token_mask.data == nullptr || (visible[0] & visible[1]) == 0xffffffffu) return;
-    constexpr int kVectors = kWidth / 8;
+    constexpr int kVectors = kChannels / 8;
     for (int i = group * kGroupThreads + threadIdx.x % kGroupThreads; i < kTokens * kVectors; i += kThreads) {
       const int row = i / kVectors, vector = i % kVectors;
       if ((row < 32 ? visible[0] : visible[1]) >> row % 32 & 1) continue;
@@ -274,8 +275,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     const auto finish_tile = [&] {
       if (elected) barrier_arrive(shared.scores_empty(multiplied.place));
       multiplied.next();
-      store_of_tokens(params.grad_value, grad_value, ready, 1.0f);
-      store_of_tokens(params.grad_key, grad_key, ready, params.scale);
+      store_of_tokens(ready);
     };
     const uint32_t tokens_empty = shared.tokens_empty(stage.place), held_empty = shared.held_empty(held.place);
     stage.next();
@@ -284,8 +284,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     if (last) {  // of this tile as well, while the slots are here
       product_wait<0>();
       pin(grad_query);
-      pin(grad_key);
-      pin(grad_value);
+      pin(grad_tokens);
       if (adds) finish_tile();
       ready = left;
       barrier_wait(shared.scores_full(multiplied.place), multiplied.parity);
@@ -295,8 +294,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
       store_partial(item);
       if constexpr (Traits::kHeld == 1) {
         product_wait<0>();
-        pin(grad_key);
-        pin(grad_value);
+        pin(grad_tokens);
         finish_tile();
         if (elected) barrier_arrive(held_empty);
       }
@@ -312,8 +310,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     product_fence();
     issue_logits();  // past the end, of what happens to lie there
     product_wait<1>();
-    pin(grad_key);
-    pin(grad_value);
+    pin(grad_tokens);
     if (elected) barrier_arrive(tokens_empty);
     if (last ? Traits::kHeld > 1 : adds) finish_tile();
     if (last) {

@@ -7,11 +7,12 @@
 
 namespace memformer_kernels {
 
-template <typename T_, int kWidth_>
+template <typename T_, int kChannels_>
 struct SlotTiles {
   using T = T_;
-  static constexpr int kWidth = kWidth_;  // channels of a head's tile: 64 or 128
-  static constexpr bool kWide = kWidth > 64;
+  static constexpr int kChannels = kChannels_;  // of a head that products look at: 64, 96 or 128
+  static constexpr bool kWide = kChannels > 64;
+  static constexpr int kWidth = kWide ? 128 : 64;  // channels of a head's tile
   static constexpr int kGroups = 2;
   static constexpr int kSlots = kGroups * kGroupRows;
   static constexpr int kTokens = 64;
@@ -81,7 +82,7 @@ struct SlotGroup {
     if constexpr (Tiles::kWide) {
       const uint64_t a = tile_descriptor(fresh(rows_tile) + group * kGroupRows * kPanelRowBytes, 0);
 #pragma unroll
-      for (int k = 0; k < Tiles::kWidth / 16; ++k) {
+      for (int k = 0; k < Tiles::kChannels / 16; ++k) {
         const int panel = k / 4, inside = k % 4 * 32;
         product<T, kAlongSum, kAlongSum>(d, a + ((panel * Tiles::kSlotPanel + inside) >> 4),
                                          b + ((panel * Tiles::kTokenPanel + inside) >> 4), k > 0);
@@ -93,7 +94,7 @@ struct SlotGroup {
     product_commit();
   }
   // d [slots, channels] += scores of this group's rows, in registers, times a tile of tokens.
-  __device__ __forceinline__ void issue_sum(float (&d)[Tiles::kWidth / 2], const uint32_t* scores, uint32_t tokens,
+  __device__ __forceinline__ void issue_sum(float (&d)[Tiles::kChannels / 2], const uint32_t* scores, uint32_t tokens,
                                             bool adds) const {
     const uint64_t b = tile_descriptor(tokens, Tiles::kTokenPanel);
 #pragma unroll
@@ -101,13 +102,14 @@ struct SlotGroup {
       product<T, kAcrossSum>(d, scores + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
     }
   }
-  // d [tokens, channels]: scores of all slots, transposed, times this group's half of the channels of a tile of slots.
-  __device__ __forceinline__ void issue_over_slots(float (&d)[Tiles::kWidth / 4], uint32_t scores,
-                                                   uint32_t slots) const {
-    const int channels = group * Tiles::kWidth / 2;
+  // d [tokens, channels]: scores of all slots, transposed, times so many channels of a tile of slots, from the first on:
+  // of several panels all, or some inside of one.
+  template <int kCount>
+  __device__ __forceinline__ void issue_over_slots(float (&d)[kCount], uint32_t scores, uint32_t slots,
+                                                   int first) const {
     const uint64_t a = tile_descriptor(scores, 0);
-    const uint64_t b = tile_descriptor(fresh(slots) + channels / kPanelColumns * Tiles::kSlotPanel +
-                                           channels % kPanelColumns * 2, 0);
+    const uint64_t b = tile_descriptor(
+        fresh(slots) + first / kPanelColumns * Tiles::kSlotPanel + first % kPanelColumns * 2, Tiles::kSlotPanel);
 #pragma unroll
     for (int k = 0; k < Tiles::kSlots / 16; ++k) {
       product<T, kAcrossSum, kAcrossSum>(d, a + (k * 2048 >> 4), b + (k * 2048 >> 4), k > 0);
