@@ -21,6 +21,8 @@ from memformer_kernels.compiling import constant
 MOST_GROUPS = 16
 MOST_CHUNKS = 16
 SMALL_SHARED_MEMORY = (86, 89, 120, 121)  # architectures with 99 KiB a program instead of 163 or 227
+MOST_STAGES = 3  # of a loop over rows: two of them on their way, one computed
+MOST_UNDER_WAY = 48 * 2**10  # bytes that a loop over rows has loaded ahead of time; any architecture has them
 LEAST_CHUNK = 512  # below it a program does not outlast its own start
 
 
@@ -35,15 +37,16 @@ def row(channels: int) -> dict[str, int]:
     return {"BLOCK_C": block, "num_warps": min(32, max(1, block // 512))}
 
 
-def heads_row(heads: int, width: int) -> dict[str, int]:
-    """The same where the row comes as [heads, width].
+def heads_row(heads: int, width: int, channel_bytes: int) -> dict[str, int]:
+    """The same where a row comes as [heads, width] and a loop over rows, `channel_bytes` a channel, has STAGES in hand.
 
     Without fused multiply-adds: rowdot(du, u) - rowdot(du, m) is exactly 0 where u = m, and what is computed does not
     depend on what else a variant of the kernel stores.
     """
     block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(width)
     warps = min(32, max(1, block_h * block_d // 512))
-    return {"BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": warps, "enable_fp_fusion": False}
+    stages = min(MOST_STAGES, 1 + MOST_UNDER_WAY // max(1, channel_bytes * block_h * block_d))
+    return {"BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": warps, "enable_fp_fusion": False, "STAGES": stages}
 
 
 def batch_groups(batch: int) -> tuple[int, int]:

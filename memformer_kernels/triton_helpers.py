@@ -121,7 +121,7 @@ def sum_partials_kernel(partial, target, parts, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = offsets < size
     total = tl.zeros([BLOCK], tl.float32)
-    for _ in tl.range(0, parts, loop_unroll_factor=4):  # four loads under way at a time
+    for _ in tl.range(0, parts, num_stages=5):  # four loads under way at a time
         total += tl.load(partial + offsets, mask=keep, other=0.0)
         partial += size
     tl.store(target + offsets, total.to(target.dtype.element_ty), mask=keep)

@@ -125,7 +125,7 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
         read.backward(per_token, *read_call, *saved, *options)
 
     def write_backward():
-        saved = torch.empty(B, M, H * D), statistics, statistics, torch.empty(B, M)
+        saved = torch.empty(B, M, H * D), statistics, statistics, statistics, torch.empty(B, M)
         write.backward(memory, *write_call, *saved, 0.125, 1e-12, allow_tf32)
 
     rows, weight = memory.flatten(0, 1), torch.empty(H * D, dtype=dtype)
@@ -172,6 +172,7 @@ SHAPES = (
 )
 WIDE_SHAPES = ((64, 16, 512, False), (64, 128, 4096, False), (128, 32, 512, False), (128, 128, 4096, False))
 WIDE_SHAPES += ((128, 300, 4096, False), (64, 128, 5000, False), (64, 256, 512, False), (128, 200, 4096, False))
+MANY_ROWS = (17, 4), (17, 64)  # a batch added up in groups; slots of 256 and 4096 channels
 
 
 def report(architectures):
@@ -181,8 +182,11 @@ def report(architectures):
         shapes = SHAPES + (WIDE_SHAPES if architecture == 90 else ())
         cases = [(torch.bfloat16, shape, False) for shape in shapes]
         cases += [(torch.float32, SHAPES[i], allow_tf32) for i, allow_tf32 in ((0, False), (2, False), (0, True))]
-        for dtype, (D, M, L, masked), allow_tf32 in cases:
-            for name, call in calls(dtype, 2, 4, M, L, D, masked, allow_tf32).items():
+        cases = [(2, 4, *case) for case in cases] + [(*rows, torch.float32, SHAPES[2], False) for rows in MANY_ROWS]
+        for B, H, dtype, (D, M, L, masked), allow_tf32 in cases:
+            for name, call in calls(dtype, B, H, M, L, D, masked, allow_tf32).items():
+                if (B, H) in MANY_ROWS and not name.startswith("memory_write"):
+                    continue
                 for kernel, arguments, constants in recorded(architecture, call):
                     ast, options = source(kernel, arguments, constants)
                     key = str((kernel.__name__, ast.signature, ast.constants, ast.attrs, options))

@@ -222,6 +222,15 @@ def test_every_measured_row_is_a_candidate_of_the_tuner():
             assert set(row) == set(tuning.SPACES[kernel])
 
 
+@pytest.mark.parametrize("channel_bytes", [4, 10, 16])
+def test_loads_ahead_of_time_fit_any_gpu(channel_bytes):
+    for heads in (1, 3, 16, 64):
+        for width in (8, 40, 64, 256):
+            config = tiles.heads_row(heads, width, channel_bytes)
+            ahead = channel_bytes * config["BLOCK_H"] * config["BLOCK_D"] * (config["STAGES"] - 1)
+            assert 1 <= config["STAGES"] <= 3 and ahead <= 48 * 2**10
+
+
 @pytest.mark.parametrize("tokens", [1, 512, 513, 4096, 65536, 10**6 + 1])
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 def test_chunks_are_whole_tiles_and_few(tokens, block_m):

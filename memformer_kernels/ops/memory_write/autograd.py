@@ -10,7 +10,7 @@ from memformer_kernels.ops.precision import wide_dtype
 
 def _fake_forward(query, own_key, slots, key, value, bias, token_mask, scale, eps, allow_tf32, save, backend):
     batch, heads, count, _ = query.shape
-    shapes = slots.shape, (batch, heads, count), (batch, heads, count), (batch, count)
+    shapes = slots.shape, *[(batch, heads, count)] * 3, (batch, count)
     saved = (slots.new_empty(s, dtype=wide_dtype(slots)) if save else query.new_empty(0) for s in shapes)
     return slots.new_empty(slots.shape), *saved
 
@@ -25,6 +25,7 @@ def _fake_backward(
     bias,
     token_mask,
     attended,
+    inv_total,
     log_sum_exp,
     own_weight,
     inv_norm,
@@ -39,11 +40,11 @@ def _fake_backward(
 
 
 _CALL = "Tensor query, Tensor own_key, Tensor slots, Tensor key, Tensor value, Tensor? bias, Tensor? token_mask"
-_SAVED = "Tensor attended, Tensor log_sum_exp, Tensor own_weight, Tensor inv_norm"
+_SAVED = "Tensor attended, Tensor inv_total, Tensor log_sum_exp, Tensor own_weight, Tensor inv_norm"
 _OPTIONS = "float scale, float eps, bool allow_tf32"
 _forward, _backward = register_pair(
     "memory_write",
-    f"({_CALL}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_CALL}, {_OPTIONS}, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"(Tensor grad, {_CALL}, {_SAVED}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
     _fake_backward,

@@ -90,7 +90,7 @@ def forward(
     eps: float,
     allow_tf32: bool,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """What Triton's returns, but for the last bits."""
     (B, H, M, D), tokens = query.shape, key.shape[2]
     if tokens == 0 or D % 8 or slots.numel() == 0:
@@ -128,7 +128,9 @@ def _plan(
     shape, parts, grad_strides, query_strides, own_key_strides, slots_strides, bias_strides, dtypes, device, *options
 ):
     scale, eps = options
-    groups, rows = triton.rows_stage(shape, grad_strides, query_strides, slots_strides, bias_strides, scale, eps)
+    groups, rows = triton.rows_stage(
+        shape, grad_strides, query_strides, slots_strides, bias_strides, dtypes, scale, eps
+    )
     return groups, rows, triton.finish_stage(shape, own_key_strides, scale, scale, parts, parts)
 
 
@@ -228,6 +230,7 @@ def backward(
     bias: Tensor | None,
     token_mask: Tensor | None,
     attended: Tensor,
+    inv_total: Tensor,
     log_sum_exp: Tensor,
     own_weight: Tensor,
     inv_norm: Tensor,
@@ -239,7 +242,7 @@ def backward(
     (B, H, M, D), tokens = query.shape, key.shape[2]
     over_tokens, parts = _way_over_tokens(M, tokens, D)
     if slots.numel() == 0 or over_tokens is None:
-        saved = attended, log_sum_exp, own_weight, inv_norm
+        saved = attended, inv_total, log_sum_exp, own_weight, inv_norm
         return triton.backward(
             grad, query, own_key, slots, key, value, bias, token_mask, *saved, scale, eps, allow_tf32
         )
@@ -256,7 +259,7 @@ def backward(
     partial_bias = grad_bias if groups == 1 or bias is None else new(groups, M, H * D)
     du, row_terms = query.new_empty((B, M, H, D)), new(2, B, H, M)  # delta and the own logit's gradient
     results = du, row_terms, grad_own_key, grad_slots, partial_bias
-    rows(grad, query, slots, bias, attended, own_weight, inv_norm, *results)
+    rows(grad, query, slots, bias, attended, inv_total, own_weight, inv_norm, *results)
     if bias is not None and groups > 1:
         sum_partials(groups, M * H * D, bias.dtype, bias.device)(partial_bias, grad_bias)
     given = query, du.transpose(1, 2), key, value, token_mask, log_sum_exp

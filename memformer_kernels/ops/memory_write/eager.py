@@ -53,18 +53,20 @@ def forward(
     eps: float,
     allow_tf32: bool,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`(output, attended, log_sum_exp, own_weight, inv_norm)`: u [B, M, C], lse and p0 [B, H, M], 1 / norm [B, M].
+) -> tuple[Tensor | None, ...]:
+    """`(output, attended, inv_total, log_sum_exp, own_weight, inv_norm)`: u / inv_total, [B, M, C]; a factor, lse and
+    p0, [B, H, M]; 1 / norm, [B, M].
 
-    All but the output are in float32, and None unless `save`. A kernel may keep the log-sum-exp in another unit.
+    All but the output are in float32, and None unless `save`. A kernel may keep the log-sum-exp in another unit, and
+    what it attends to over any factor; here it is 1.
     """
     with torch.no_grad():
         attended, log_sum_exp, own_weight = _attend(query, own_key, slots, key, value, token_mask, scale)
         output, inv_norm = attended, attended.new_ones(attended.shape[:2])
         if bias is not None:
             output, inv_norm = normalise(attended + wide(bias), eps)
-        saved = attended, log_sum_exp, own_weight, inv_norm
-        return output.to(slots.dtype, copy=True), *(saved if save else (None,) * 4)
+        saved = attended, torch.ones_like(own_weight), log_sum_exp, own_weight, inv_norm
+        return output.to(slots.dtype, copy=True), *(saved if save else (None,) * 5)
 
 
 @outside_autocast
@@ -78,6 +80,7 @@ def backward(
     bias: Tensor | None,
     token_mask: Tensor | None,
     attended: Tensor,
+    inv_total: Tensor,
     log_sum_exp: Tensor,
     own_weight: Tensor,
     inv_norm: Tensor,
@@ -88,11 +91,12 @@ def backward(
     """Gradients of query, own_key, slots, key, value and bias (None when there is none)."""
     grad_z = wide(grad)
     grad_bias = None
+    u = _split(wide(attended), query) * inv_total.unsqueeze(-1)
     if bias is not None:
-        grad_z = normalise_backward(grad_z, attended + wide(bias), inv_norm, eps)
+        grad_z = normalise_backward(grad_z, _merge(u) + wide(bias), inv_norm, eps)
         grad_bias = grad_z.sum(0).to(bias.dtype)
     q, k0, k, v = wide(query), wide(own_key), wide(_visible(key, token_mask)), wide(_visible(value, token_mask))
-    m, u, du = (_split(wide(t), query) for t in (slots, attended, grad_z))
+    m, du = (_split(wide(t), query) for t in (slots, grad_z))
     delta = (du * u).sum(-1)
     p = _hide(scale * (q @ k.mT), token_mask).sub(log_sum_exp.unsqueeze(-1)).exp()
     p0 = own_weight

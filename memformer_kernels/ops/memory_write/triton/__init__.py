@@ -115,7 +115,7 @@ def combine_stage(shape, bias_strides, scale, eps, parts, group=1, grouped=False
         D=D,
         ONE_PART=parts == 1,
         GROUPED=grouped,
-        **tiles.heads_row(H, D),
+        **tiles.heads_row(H, D, 4),
     )
 
 
@@ -131,10 +131,9 @@ def forward(
     eps: float,
     allow_tf32: bool,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`(output, attended, log_sum_exp, own_weight, inv_norm)`; all but the output in float32, None unless `save`.
-
-    The log-sum-exp is that of the scaled logits, over the scale.
+) -> tuple[Tensor | None, ...]:
+    """`(output, attended, inv_total, log_sum_exp, own_weight, inv_norm)`; all but the output in float32, None unless
+    `save`. The log-sum-exp is that of the scaled logits, over the scale; u is `attended * inv_total`.
     """
     strides = query.stride(), own_key.stride(), slots.stride(), key.stride(), value.stride()
     dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
@@ -148,7 +147,7 @@ def forward(
 
 def in_parts(
     query: Tensor, slots: Tensor, bias: Tensor | None, save: bool, parts: int, attend: Callable, combine: Callable
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """What `forward` returns, by `attend(acc, statistics)`, which fills in partial results, and `combine`."""
     B, H, M, D = query.shape
 
@@ -158,30 +157,31 @@ def in_parts(
     output = slots.new_empty(slots.shape)
     attended = new(B, M, H * D) if save or parts == 1 else None
     acc = attended if parts == 1 else new(parts, B, M, H * D)
-    log_sum_exp, own_weight, inv_norm = (new(B, H, M), new(B, H, M), new(B, M)) if save else (None, None, None)
+    per_slot = (new(B, H, M), new(B, H, M), new(B, H, M), new(B, M)) if save else (None,) * 4
     if output.numel() > 0:
         statistics = new(2 * parts + 1, B, H, M)
         attend(acc, statistics)
-        saved = attended if save else None, log_sum_exp, own_weight, inv_norm
-        combine(acc, statistics, bias, output, *saved)
-    return output, attended if save else None, log_sum_exp, own_weight, inv_norm
+        combine(acc, statistics, bias, output, attended if save else None, *per_slot)
+    return output, attended if save else None, *per_slot
 
 
-def rows_stage(shape, grad_strides, query_strides, slots_strides, bias_strides, scale, eps):
+def rows_stage(shape, grad_strides, query_strides, slots_strides, bias_strides, dtypes, scale, eps):
     """What of the backward belongs to a slot: `(groups of the batch, launcher)`."""
     B, H, M, D = shape
     groups, group = tiles.batch_groups(B)
     strides = grad_strides, query_strides, slots_strides, bias_strides or (0, 0)
     arguments = *strides, scale, 1 / eps, B, M, H, group, M * H * D
-    rows = launch.Launcher(_memory_write_backward_rows_kernel, groups * M, arguments, D=D, **tiles.heads_row(H, D))
-    return groups, rows
+    channel_bytes = 4 + 2 * dtypes[1].itemsize + dtypes[0].itemsize  # what is attended to, gradient and slots, query
+    config = tiles.heads_row(H, D, channel_bytes)
+    return groups, launch.Launcher(_memory_write_backward_rows_kernel, groups * M, arguments, D=D, **config)
 
 
 def finish_stage(shape, own_key_strides, scale, part_scale, parts, group) -> launch.Launcher:
     """The gradient of the query from its parts, so many of them a group."""
     B, H, M, D = shape
     arguments = own_key_strides, scale, part_scale, M, H, parts, group, B * M * H
-    return launch.Launcher(_memory_write_backward_query_kernel, B * M, arguments, D=D, **tiles.heads_row(H, D))
+    config = tiles.heads_row(H, D, 4)
+    return launch.Launcher(_memory_write_backward_query_kernel, B * M, arguments, D=D, **config)
 
 
 @launch.planned
@@ -206,7 +206,7 @@ def _backward_plan(
     B, H, M, D = shape
     itemsize, block_d = dtypes[0].itemsize, tiles.head_block(D)
     block_m = tiles.slot_tile(M, itemsize, block_d, device)
-    groups, rows = rows_stage(shape, grad_strides, query_strides, slots_strides, bias_strides, scale, eps)
+    groups, rows = rows_stage(shape, grad_strides, query_strides, slots_strides, bias_strides, dtypes, scale, eps)
     stages = {"rows": rows}
     strides = key_strides, value_strides, mask_strides or (0, 0)
     scales = scale * LOG2_E, scale
@@ -266,6 +266,7 @@ def backward(
     bias: Tensor | None,
     token_mask: Tensor | None,
     attended: Tensor,
+    inv_total: Tensor,
     log_sum_exp: Tensor,
     own_weight: Tensor,
     inv_norm: Tensor,
@@ -298,7 +299,7 @@ def backward(
     grad_attended = query.new_empty((B, M, H, D))
     row_terms = new(2, B, H, M)  # delta and the own logit's gradient
     results = grad_attended, row_terms, grad_own_key, grad_slots, partial_bias
-    run["rows"](grad, query, slots, bias, attended, own_weight, inv_norm, *results)
+    run["rows"](grad, query, slots, bias, attended, inv_total, own_weight, inv_norm, *results)
     if bias is not None and groups > 1:
         sum_partials(groups, M * H * D, bias.dtype, bias.device)(partial_bias, grad_bias)
     if tokens and "resident" in run:

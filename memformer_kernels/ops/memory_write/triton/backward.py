@@ -22,7 +22,8 @@ def _memory_write_backward_rows_kernel(
     query,  # [B, H, M, D]
     slots,  # [B, M, H * D]
     bias,  # [M, H * D] or None
-    attended,  # [B, M, H, D] float32: u
+    attended,  # [B, M, H, D] float32: u / inv_total
+    inv_total,  # [B, H, M] float32
     own_weight,  # [B, H, M] float32: w0
     inv_norm,  # [B, M] float32
     grad_attended,  # [B, M, H, D], contiguous: du, in the dtype of query
@@ -44,6 +45,7 @@ def _memory_write_backward_rows_kernel(
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     slot = tl.program_id(0) % M
     part = tl.program_id(0) // M
@@ -58,13 +60,14 @@ def _memory_write_backward_rows_kernel(
         b = tl.load(bias + slot.to(tl.int64) * bias_strides[0] + merged * bias_strides[1], mask=inside, other=0.0).to(
             tl.float32
         )
-    for batch in range(part * group, min((part + 1) * group, B)):
+    for batch in tl.range(part * group, min((part + 1) * group, B), num_stages=STAGES):
         row = tl.cast(batch, tl.int64) * M + slot
         places = row * (H * D) + merged
         per_head = (tl.cast(batch, tl.int64) * H + heads) * M + slot
         g_places = tl.cast(batch, tl.int64) * grad_strides[0] + slot.to(tl.int64) * grad_strides[1]
         g = tl.load(grad + g_places + merged * grad_strides[2], mask=inside, other=0.0).to(tl.float32)
         u = tl.load(attended + places, mask=inside, other=0.0)
+        u *= tl.load(inv_total + per_head, mask=in_heads, other=0.0)[:, None]
         m_places = tl.cast(batch, tl.int64) * slots_strides[0] + slot.to(tl.int64) * slots_strides[1]
         m = tl.load(slots + m_places + merged * slots_strides[2], mask=inside, other=0.0).to(tl.float32)
         q_places = tl.cast(batch, tl.int64) * query_strides[0] + slot.to(tl.int64) * query_strides[2]
@@ -217,6 +220,7 @@ def _memory_write_backward_query_kernel(
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The gradient of the query from its parts, groups of them first, always in the same order. One program a slot, all
     its heads."""
@@ -229,7 +233,7 @@ def _memory_write_backward_query_kernel(
     places = (row.to(tl.int64) * H + heads)[:, None] * D + channels[None, :]
     dq = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     all_dq = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # of the groups before this one
-    for part in tl.range(0, parts, loop_unroll_factor=4):  # four loads under way at a time
+    for part in tl.range(0, parts, num_stages=STAGES):
         new = part % group == 0  # without a branch, which would keep the loads apart
         all_dq += tl.where(new, dq, 0.0)
         dq = tl.where(new, 0.0, dq) + tl.load(partial + places, mask=inside, other=0.0)

@@ -139,7 +139,8 @@ def _memory_write_forward_combine_kernel(
     statistics,  # [2 * parts + 1, B, H, M] float32
     bias,  # [M, H * D] or None
     output,  # [B, M, H, D], contiguous
-    attended,  # [B, M, H, D] float32, may be acc where there is one part; or None: nothing is saved
+    attended,  # [B, M, H, D] float32: the parts' sum, which one part is itself; or None: nothing is saved
+    inv_total,  # [B, H, M] float32: 1 / the sum of weights
     log_sum_exp,  # [B, H, M] float32: of the scaled logits, over the scale
     own_weight,  # [B, H, M] float32
     inv_norm,  # [B, M] float32
@@ -157,6 +158,7 @@ def _memory_write_forward_combine_kernel(
     BLOCK_D: tl.constexpr,
     ONE_PART: tl.constexpr,
     GROUPED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program a slot, all its heads."""
     row = tl.program_id(0)
@@ -179,7 +181,7 @@ def _memory_write_forward_combine_kernel(
             all_best = tl.full([BLOCK_H], float("-inf"), tl.float32)
             all_weight = tl.zeros([BLOCK_H], tl.float32)
             all_u = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-        for part in tl.range(1, parts, loop_unroll_factor=4):  # four loads under way at a time
+        for part in tl.range(1, parts, num_stages=STAGES):
             top += part_rows
             total += part_rows
             acc += tl.cast(part_rows, tl.int64) * D
@@ -197,12 +199,15 @@ def _memory_write_forward_combine_kernel(
             best, weight, u = merge(best, weight, u, here, count, attended_here, log2_scale)
         if GROUPED:
             best, weight, u = merge(all_best, all_weight, all_u, best, weight, u, log2_scale)
-    u = u * (1.0 / weight)[:, None]
+    inverse_weight = 1.0 / weight
     if attended is not None:
-        tl.store(attended + places, u, mask=inside)
+        if not ONE_PART:
+            tl.store(attended + places, u, mask=inside)
+        tl.store(inv_total + per_head, inverse_weight, mask=in_heads)
         own = tl.load(own_logit + per_head, mask=in_heads, other=0.0)
         tl.store(own_weight + per_head, tl.exp2((own - best) * log2_scale) / weight, mask=in_heads)
         tl.store(log_sum_exp + per_head, best + tl.log2(weight) / log2_scale, mask=in_heads)
+    u = u * inverse_weight[:, None]
     inverse = 1.0
     if bias is not None:
         places_in_bias = slot.to(tl.int64) * bias_strides[0] + (heads * D)[:, None].to(tl.int64) * bias_strides[1]
