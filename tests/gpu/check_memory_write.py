@@ -91,7 +91,7 @@ def check_layouts(dtype):
 
 def check_hidden(dtype):
     """G4: a mask that hides nothing is no mask; hidden tokens have gradients of exactly 0."""
-    for width, slots, tokens in ((64, 128, 700), (128, 128, 1500), (64, 300, 200)):
+    for width, slots, tokens in ((64, 128, 700), (80, 100, 700), (128, 128, 1500), (64, 300, 200)):
         case = masked_case(dtype, "a tile", slots=slots, tokens=tokens, width=width)
         grad, mask = cotangent(case), case.tensors["token_mask"]
         grads = run(hidden_as(case, float("nan")), grad).grads

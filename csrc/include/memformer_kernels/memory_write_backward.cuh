@@ -212,7 +212,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
   // Whatever hidden keys hold, even NaN, must not reach the product with ds.
   const auto clear_hidden_keys = [&] {
     if (params.token_mask.data == nullptr || (visible[0] & visible[1]) == 0xffffffffu) return;
-    constexpr int kVectors = kChannels / 8;
+    constexpr int kVectors = Traits::kWidth / 8;  // swizzled: of the last panel too all
     for (int i = group * kGroupThreads + threadIdx.x % kGroupThreads; i < kTokens * kVectors; i += kThreads) {
       const int row = i / kVectors, vector = i % kVectors;
       if ((row < 32 ? visible[0] : visible[1]) >> row % 32 & 1) continue;

@@ -102,8 +102,8 @@ struct SlotGroup {
       product<T, kAcrossSum>(d, scores + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
     }
   }
-  // d [tokens, channels]: scores of all slots, transposed, times so many channels of a tile of slots, from the first on:
-  // of several panels all, or some inside of one.
+  // d [tokens, channels]: scores of all slots, transposed, times so many channels of a tile of slots, from the first
+  // on: of several panels all, or some inside of one.
   template <int kCount>
   __device__ __forceinline__ void issue_over_slots(float (&d)[kCount], uint32_t scores, uint32_t slots,
                                                    int first) const {
