@@ -19,7 +19,7 @@ from memformer_kernels import memory_read, testing
 from memformer_kernels.testing import Case, cotangent, error_bound, make_case, shares_of_bound
 
 WIDTHS = (8, 20, 64, 80, 96, 128)
-SLOTS = (65, 128, 129, 321, 330, 384, 640, 900, 1024, 2100)  # clusters of every size; three groups of slots
+SLOTS = (65, 128, 129, 256, 321, 330, 384, 640, 900, 1024, 2100)  # clusters of every size; three groups of slots
 TOKENS = (1, 63, 64, 129, 200, 1000)
 
 
@@ -87,7 +87,17 @@ def check_layouts(dtype):
 def check_hidden(dtype):
     """G3, G4: NaN in hidden slots changes no bit, and NaN of tokens does not reach their gradients; all hidden is
     exactly 0; all shown is what no mask is."""
-    for width, slots, tokens in ((64, 330, 130), (128, 513, 130), (64, 100, 130), (128, 128, 130), (64, 100, 1100)):
+    for width, slots, tokens in (
+        (64, 330, 130),
+        (64, 330, 200),
+        (128, 513, 130),
+        (64, 100, 130),
+        (128, 128, 130),
+        (64, 100, 1100),
+        (80, 100, 1100),
+        (96, 330, 130),
+        (128, 200, 700),
+    ):
         case = case_of(dtype, slots=slots, tokens=tokens, width=width, masked=0.4)
         grad = cotangent(case)
         mask, query = case.tensors["slot_mask"], case.tensors["query"]
@@ -126,6 +136,10 @@ def check_values(dtype):
     value[0, 1, 399] = float("inf")
     found = ~infer(case.replace(value=value)).isfinite().all(-1)
     assert found[0, 1].all() and found.sum() == 200, "infinity of one slot"
+    key = torch.where(torch.arange(64, device="cuda") == 0, float("-inf"), case.tensors["key"])
+    lost = case.replace(query=case.tensors["query"].abs() + 0.1, key=key)
+    for seen in (lost, lost.replace(slot_mask=torch.rand(2, 400, device="cuda") < 0.7)):
+        assert infer(seen).isnan().all(), "logits of minus infinity alone"
     for tokens in (1, 64):  # past the end of a tile nothing may become of infinity
         case = case_of(dtype, batch=1, heads=1, slots=65, tokens=tokens, width=8)
         key = case.tensors["key"].clone()
@@ -137,8 +151,11 @@ def check_values(dtype):
 
 def check_batch(dtype):
     """G7, G8: a row has the same bits alone, and a hundred times over."""
-    for width, slots, tokens in ((64, 520, 333), (128, 520, 333), (64, 128, 2500), (128, 96, 333)):
-        cuda_checks.batches(run, case_of(dtype, batch=40, heads=8, slots=slots, tokens=tokens, width=width))
+    shapes = (64, 520, 333), (64, 520, 1000), (128, 520, 333), (64, 128, 2500), (128, 96, 333)
+    shapes += (64, 500, 1000), (64, 300, 600), (96, 100, 1100), (128, 256, 1100)  # held for several tiles of tokens
+    for i, (width, slots, tokens) in enumerate(shapes):
+        sizes = dict(slots=slots, tokens=tokens, width=width, masked=(0, 0.3)[i % 2])
+        cuda_checks.batches(run, case_of(dtype, batch=40, heads=8, **sizes))
     return {"repeats": 100}
 
 
@@ -209,6 +226,8 @@ def small_calls(dtype):
     for width, masked in ((64, 0), (20, 0), (128, 0), (80, 0.3)):
         for slots in (100, 325):
             run(case_of(dtype, batch=1, heads=2, slots=slots, tokens=330, width=width, masked=masked))
+    for masked in (0, 0.3):  # more tiles than multiprocessors: slots held for several
+        infer(case_of(dtype, batch=1, heads=70, slots=200, tokens=330, width=128, masked=masked))
 
 
 CHECKS = (

@@ -6,7 +6,9 @@
 // own. In the steady state a group issues the logits of the next tile of keys and the product of the present one's
 // weights together, and does the softmax of the first while the second runs; the groups take turns at issuing, so that
 // one computes its softmax while the matrix units are busy with the other's products. Blocks go on to their next tile
-// of rows without a pause: the logits of its first keys are issued with the last product of the tile before.
+// of rows without a pause: the logits of its first keys are issued with the last product of the tile before, whose sums
+// are stored after the softmax. Wide heads' keys that all fit the shared memory are copied once for all of a block's
+// rows of a head.
 //
 // An operation, memory_read_forward.cuh or memory_write_forward.cuh, is a struct that says of its params which tensors
 // are rows and keys, whether a row has an entry of its own beside the keys, and what becomes of a row's sums.
@@ -27,21 +29,30 @@ struct AttentionTraits {
   static constexpr int kGroups = kGroups_;
   static constexpr bool kMasked = kMasked_;  // whether some keys may be hidden
   static constexpr bool kOwn = kOwn_;        // whether a row has an entry of its own beside the keys
+  static constexpr bool kHolds = kWidth == 128 && !kOwn;  // whether keys that fit stay: slower at narrow heads
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   // Registers that a block starts with, of one thread of each group, and how the groups share them. More than there are
   // would be waited for without end.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
-  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kCopyRegisters = kGroups >= 3 ? 32 : 40;
   static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
   static constexpr int kPanels = ceil_div(kWidth, kPanelColumns);
   static constexpr int kQueryPanel = kRows * kPanelRowBytes;  // bytes
   static constexpr int kKeyPanel = kKeys * kPanelRowBytes;
   static constexpr int kQueryTile = kPanels * kQueryPanel;
+  static constexpr int kOutputPanels = 2;  // of which one is filled while the other is stored
   static constexpr int kKeyTile = kPanels * kKeyPanel;
   static constexpr int kShared = 1024 + 2 * kQueryTile + 2 * kStages * kKeyTile + 8 * (4 + 4 * kStages) +
                                  (kMasked ? kStages * (8 + 8 + kKeys / 8) : 0) +
-                                 (kOwn ? kQueryTile + 8 + 8 + 8 + 4 * kRows : 0);
+                                 (kOwn ? kQueryTile + 8 + 8 + 8 + 4 * kRows : kOutputPanels * kQueryPanel);
+};
+
+// What TMA copies: boxes of a block's rows, of a tile of keys, and of the rows of a warp.
+struct AttentionMaps {
+  CUtensorMap query, key, value;
+  CUtensorMap own_key, own_value;  // of a row's own entry
+  CUtensorMap output, rounding;
 };
 
 // Places in shared memory, as addresses; an index is a place in a ring.
@@ -53,7 +64,10 @@ struct AttentionShared {
   __device__ uint32_t key(int i) const { return query(2) + i * Traits::kKeyTile; }
   __device__ uint32_t value(int i) const { return key(Traits::kStages) + i * Traits::kKeyTile; }
   __device__ uint32_t own() const { return value(Traits::kStages); }  // keys, then values, laid out as queries
-  __device__ uint32_t query_full(int i) const { return own() + Traits::kOwn * Traits::kQueryTile + 8 * i; }
+  __device__ uint32_t output(int i) const { return value(Traits::kStages) + i * kQueryPanel; }  // where none are own
+  __device__ uint32_t query_full(int i) const {
+    return value(Traits::kStages) + (Traits::kOwn ? Traits::kQueryTile : Traits::kOutputPanels * kQueryPanel) + 8 * i;
+  }
   __device__ uint32_t query_empty(int i) const { return query_full(2 + i); }
   __device__ uint32_t key_full(int i) const { return query_empty(2 + i); }
   __device__ uint32_t value_full(int i) const { return key_full(Traits::kStages + i); }
@@ -96,6 +110,31 @@ __device__ __forceinline__ AttentionTile attention_tile(const typename Op::Param
   return {head / H, head % H, row, chunk, first_key, keys, ceil_div(keys, Traits::kKeys)};
 }
 
+// The tiles of a block. Where all keys of a head are held in shared memory they follow one another; else blocks are at
+// the same heads at a time, whose keys are then in the L2 cache.
+struct AttentionTiles {
+  int first, end, step;
+  bool held;
+};
+
+template <typename Traits, typename Op>
+__device__ __forceinline__ AttentionTiles attention_tiles(const typename Op::Params& params, int tiles) {
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  if (!Traits::kHolds || attention_tile<Traits, Op>(params, 0).key_tiles > Traits::kStages) {
+    return {block, tiles, blocks, false};
+  }
+  const auto begin = [&](int64_t i) { return static_cast<int>(i * tiles / blocks); };
+  return {begin(block), begin(block + 1), 1, true};
+}
+
+// Whether the keys of the tile before it are this one's.
+template <typename Traits, typename Op>
+__device__ __forceinline__ bool attention_keeps_keys(const typename Op::Params& params, const AttentionTiles& tiles,
+                                                     int tile) {
+  return Traits::kHolds && tiles.held && tile > tiles.first && tile < tiles.end &&
+         attention_tile<Traits, Op>(params, tile).row > 0;
+}
+
 // Rows from `first` on of the tile's head; `full` then says that they are there.
 template <typename Traits, int kPanelBytes>
 __device__ __forceinline__ void copy_rows(uint32_t target, const CUtensorMap& map, uint32_t full, int first,
@@ -108,38 +147,38 @@ __device__ __forceinline__ void copy_rows(uint32_t target, const CUtensorMap& ma
 }
 
 template <typename Traits, typename Op>
-__device__ __forceinline__ void attention_copy(const typename Op::Params& params, const CUtensorMap& query_map,
-                                               const CUtensorMap& key_map, const CUtensorMap& value_map,
-                                               AttentionShared<Traits> shared, int tiles) {
+__device__ __forceinline__ void attention_copy(const typename Op::Params& params, const AttentionMaps& maps,
+                                               AttentionShared<Traits> shared, const AttentionTiles& tiles) {
   Ring<2> queries;
   Ring<Traits::kStages> keys;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, queries.next()) {
+  for (int tile = tiles.first; tile < tiles.end; tile += tiles.step, queries.next()) {
     const AttentionTile at = attention_tile<Traits, Op>(params, tile);
     const int query = queries.place;
     barrier_wait(shared.query_empty(query), queries.parity ^ 1);
-    copy_rows<Traits, Traits::kQueryPanel>(shared.query(query), query_map, shared.query_full(query), at.row, at);
+    copy_rows<Traits, Traits::kQueryPanel>(shared.query(query), maps.query, shared.query_full(query), at.row, at);
+    if (attention_keeps_keys<Traits, Op>(params, tiles, tile)) continue;
 #pragma unroll 1
     for (int i = at.key_tiles - 1; i >= 0; --i, keys.next()) {
       const int place = keys.place, first = at.first_key + i * Traits::kKeys;
       barrier_wait(shared.key_empty(place), keys.parity ^ 1);
-      copy_rows<Traits, Traits::kKeyPanel>(shared.key(place), key_map, shared.key_full(place), first, at);
+      copy_rows<Traits, Traits::kKeyPanel>(shared.key(place), maps.key, shared.key_full(place), first, at);
       barrier_wait(shared.value_empty(place), keys.parity ^ 1);
-      copy_rows<Traits, Traits::kKeyPanel>(shared.value(place), value_map, shared.value_copied(place), first, at);
+      copy_rows<Traits, Traits::kKeyPanel>(shared.value(place), maps.value, shared.value_copied(place), first, at);
     }
   }
 }
 
-// By kOwnThreads: the logits of the rows' own entries, which belong to the first chunk, from their keys, and then copies
-// of their values in the place of the keys.
+// By kOwnThreads: the logits of the rows' own entries, which belong to the first chunk, from their keys, and then
+// copies of their values in the place of the keys.
 template <typename Traits, typename Op>
-__device__ __forceinline__ void attention_own(const typename Op::Params& params, const CUtensorMap& own_key_map,
-                                              const CUtensorMap& own_value_map, AttentionShared<Traits> shared,
-                                              int tiles, int thread) {
+__device__ __forceinline__ void attention_own(const typename Op::Params& params, const AttentionMaps& maps,
+                                              AttentionShared<Traits> shared, const AttentionTiles& tiles,
+                                              int thread) {
   Ring<2> queries;
   Ring<1> own;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, queries.next()) {
+  for (int tile = tiles.first; tile < tiles.end; tile += tiles.step, queries.next()) {
     const AttentionTile at = attention_tile<Traits, Op>(params, tile);
     const uint32_t query = shared.query(queries.place), query_full = shared.query_full(queries.place);
     if (at.chunk > 0) {
@@ -147,7 +186,7 @@ __device__ __forceinline__ void attention_own(const typename Op::Params& params,
     } else {
       barrier_wait(shared.own_empty(), own.parity ^ 1);
       if (thread == 0) {
-        copy_rows<Traits, Traits::kQueryPanel>(shared.own(), own_key_map, shared.own_key_full(), at.row, at);
+        copy_rows<Traits, Traits::kQueryPanel>(shared.own(), maps.own_key, shared.own_key_full(), at.row, at);
       }
       barrier_wait(query_full, queries.parity);
       barrier_wait(shared.own_key_full(), own.parity);
@@ -157,7 +196,7 @@ __device__ __forceinline__ void attention_own(const typename Op::Params& params,
       }
       named_barrier_sync(1 + Traits::kGroups, kOwnThreads);  // all have read the keys
       if (thread == 0 && Op::copies_own(params)) {
-        copy_rows<Traits, Traits::kQueryPanel>(shared.own(), own_value_map, shared.own_full(), at.row, at);
+        copy_rows<Traits, Traits::kQueryPanel>(shared.own(), maps.own_value, shared.own_full(), at.row, at);
       } else {
         barrier_arrive(shared.own_full());
       }
@@ -171,13 +210,14 @@ __device__ __forceinline__ void attention_own(const typename Op::Params& params,
 // NaN, must not reach the product with their weights of 0.
 template <typename Traits, typename Op>
 __device__ __forceinline__ void attention_mask(const typename Op::Params& params, AttentionShared<Traits> shared,
-                                               int tiles) {
+                                               const AttentionTiles& tiles) {
   constexpr int kWords = Traits::kKeys / kWarpSize;
   constexpr int kRowVectors = kPanelRowBytes / 16, kRowsAtOnce = kWarpSize / kRowVectors;
   const int lane = threadIdx.x % kWarpSize;
   Ring<Traits::kStages> values;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
+    if (attention_keeps_keys<Traits, Op>(params, tiles, tile)) continue;
     const AttentionTile at = attention_tile<Traits, Op>(params, tile);
     const int64_t stride = Op::mask(params).stride[1];
     const uint8_t* mask = Op::mask(params).data + at.batch * Op::mask(params).stride[0] + at.first_key * stride;
@@ -223,29 +263,37 @@ __device__ __forceinline__ void attention_mask(const typename Op::Params& params
   }
 }
 
+constexpr float kLeastLogit = -3.402823466e38f;  // taken for the largest of keys whose logits are all less
+
+// Of a thread's two rows: the largest logit and the sum of the weights relative to it.
+struct AttentionSums {
+  float top[2], total[2];
+  __device__ __forceinline__ bool seen(int r) const { return top[r] >= kLeastLogit; }  // whether the row sees a key
+};
+
 constexpr float kNearLogits = 128.0f;  // scaled, in base 2
 
 template <typename Traits, typename Op>
-__device__ __forceinline__ void attention_compute(const typename Op::Params& params, AttentionShared<Traits> shared,
-                                                  int64_t tiles, int group) {
+__device__ __forceinline__ void attention_compute(const typename Op::Params& params, const AttentionMaps& maps,
+                                                  AttentionShared<Traits> shared, const AttentionTiles& tiles,
+                                                  int group) {
   using T = typename Traits::T;
   constexpr int kKeys = Traits::kKeys, kWidth = Traits::kWidth;
   constexpr int kKeySteps = kKeys / 16, kWidthSteps = kWidth / 16;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % 4;
+  const int lane = threadIdx.x % kWarpSize;
   const bool elected = lane == 0;
   const float log2_scale = params.log2_scale;
 
-  float s[kKeys / 2];         // logits, then weights; thread's rows are lane / 4 and that + 8 of its warp's 16
-  uint32_t p[kKeys / 4];      // weights, rounded
+  float s[kKeys / 2];     // logits, then weights; thread's rows are lane / 4 and that + 8 of its warp's 16
+  uint32_t p[kKeys / 4];  // weights, rounded
   float out[kWidth / 2];
-  float top[2], total[2];      // of the rows that s and p are of
-  bool seen = false;
+  AttentionSums sums;  // of the rows that s and p are of
 
   Ring<2> queries;
-  Ring<Traits::kStages> keys, values, masks;
-  [[maybe_unused]] Ring<1> own;
-  int tile = blockIdx.x;
-  if (tile >= tiles) return;
+  Ring<Traits::kStages> keys, values;
+  Ring<1> own;
+  int tile = tiles.first;
+  bool keeps = attention_keeps_keys<Traits, Op>(params, tiles, tile + 1);  // the keys that logits are taken of
 
   const auto issue_logits = [&] {
     const uint64_t a = tile_descriptor(shared.query(queries.place) + group * kGroupRows * kPanelRowBytes, 0);
@@ -266,24 +314,27 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
   const auto softmax = [&](int key_tile, const AttentionTile& at, bool first, float(&shrink)[2]) {
     bool masked = first && at.keys % kKeys != 0;  // the last keys come first
     [[maybe_unused]] uint32_t visible[kKeys / kWarpSize];
+    if (first) {
+      sums.top[0] = sums.top[1] = Traits::kMasked ? -INFINITY : kLeastLogit;
+      sums.total[0] = sums.total[1] = 0.0f;
+    }
     if constexpr (Traits::kMasked) {
-      barrier_wait(shared.visible_full(masks.place), masks.parity);
+      barrier_wait(shared.visible_full(keys.place), keys.parity);
+      bool seen = false;
       masked = false;
 #pragma unroll
       for (int w = 0; w < kKeys / kWarpSize; w += 2) {  // by the lane that later says that they may be overwritten
-        const float2 words = elected ? load_shared2(shared.visible(masks.place) + 4 * w) : float2{};
+        const float2 words = elected ? load_shared2(shared.visible(keys.place) + 4 * w) : float2{};
         visible[w] = __shfl_sync(0xffffffffu, __float_as_uint(words.x), 0);
         visible[w + 1] = __shfl_sync(0xffffffffu, __float_as_uint(words.y), 0);
         masked = masked || (visible[w] & visible[w + 1]) != 0xffffffffu;
-        seen = (first && w == 0 ? false : seen) || (visible[w] | visible[w + 1]) != 0;
+        seen = seen || (visible[w] | visible[w + 1]) != 0;
+      }
+      if (seen) {
+#pragma unroll
+        for (float& top : sums.top) top = fmaxf(top, kLeastLogit);
       }
       masked = __any_sync(0xffffffffu, masked);
-      masks.next();
-    }
-    if (first) {
-      if constexpr (!Traits::kMasked) seen = true;
-      top[0] = top[1] = -INFINITY;
-      total[0] = total[1] = 0.0f;
     }
     if (masked) {
 #pragma unroll
@@ -311,16 +362,16 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
       float new_top = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
       new_top = fmaxf(new_top, __shfl_xor_sync(0xffffffffu, new_top, 1));
       new_top = fmaxf(new_top, __shfl_xor_sync(0xffffffffu, new_top, 2));
-      new_top = fmaxf(new_top, top[r]);
+      new_top = fmaxf(new_top, sums.top[r]);
       reference[r] = new_top == -INFINITY ? 0.0f : new_top;  // nothing visible so far: 0, not NaN
-      shrink[r] = exp2_fast((top[r] - reference[r]) * log2_scale);
-      top[r] = new_top;
+      shrink[r] = exp2_fast((sums.top[r] - reference[r]) * log2_scale);
+      sums.top[r] = new_top;
     }
     const auto weigh = [&](auto exact) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float offset = reference[r] * log2_scale;
-        float sum[4] = {total[r] * shrink[r], 0.0f, 0.0f, 0.0f};
+        float sum[4] = {sums.total[r] * shrink[r], 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < kKeys / 2; i += 8) {
 #pragma unroll
@@ -330,7 +381,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
             sum[c] += x;
           }
         }
-        total[r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        sums.total[r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
       }
     };
     // One instruction for two where all it costs is a factor of 1 +- 2^-18 that the weights of a row and tile share.
@@ -345,6 +396,26 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
   };
+  const auto store = [&](const AttentionTile& at, AttentionSums& sums) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sums.total[r] += __shfl_xor_sync(0xffffffffu, sums.total[r], 1);
+      sums.total[r] += __shfl_xor_sync(0xffffffffu, sums.total[r], 2);
+    }
+    const int row = group * kGroupRows + fresh(threadIdx.x) / kWarpSize % 4 * 16;  // of the tile, the warp's first
+    const bool has_own = Traits::kOwn && at.chunk == 0;
+    if (has_own) barrier_wait(shared.own_full(), own.parity);
+    Op::template store<T>(params, maps, at, row, sums, out, shared);
+    if (has_own) {
+      barrier_arrive(shared.own_empty());
+      own.next();
+    }
+  };
+  // Past a tile of keys, or of values, or back to the first for the next tile of rows.
+  const auto pass = [&](Ring<Traits::kStages>& ring, bool again, int key_tiles) {
+    ring.next();
+    if (again) ring.back(key_tiles);
+  };
   float shrink[2];
   barrier_wait(shared.query_full(0), 0);
   barrier_wait(shared.key_full(0), 0);
@@ -353,19 +424,18 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
   product_commit();
   product_wait<0>();
   pin(s);
-  if (elected) barrier_arrive(shared.key_empty(0));
-  keys.next();
   AttentionTile at = attention_tile<Traits, Op>(params, tile);
   int key_tile = at.key_tiles - 1;  // of p
+  if (elected && !keeps) barrier_arrive(shared.key_empty(0));
   softmax(key_tile, at, true, shrink);
+  pass(keys, keeps && key_tile == 0, at.key_tiles);
   round_weights();
   if (group == Traits::kGroups - 1) named_barrier_arrive(1, 2 * kGroupThreads);  // the first turn is group 0's
 
-  bool adds = false;  // whether `out` holds a sum of this row tile
   while (true) {
-    const bool last = key_tile == 0;
-    const int next_tile = last ? tile + static_cast<int>(gridDim.x) : tile;
-    const bool more = next_tile < tiles;
+    const bool last = key_tile == 0, keeps_values = keeps;
+    const int next_tile = last ? tile + tiles.step : tile;
+    const bool more = next_tile < tiles.end;
     if (last) {
       if (elected) barrier_arrive(shared.query_empty(queries.place));
       queries.next();
@@ -379,66 +449,45 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
     issue_logits();  // past the end, of what happens to lie there
     product_commit();
     barrier_wait(shared.value_full(values.place), values.parity);
-    issue_output(adds);
+    issue_output(key_tile + 1 < at.key_tiles);
     product_commit();
     named_barrier_arrive(1 + (group + 1) % Traits::kGroups, 2 * kGroupThreads);
+    AttentionSums done = sums;
+    if (last) {
+      keeps = attention_keeps_keys<Traits, Op>(params, tiles, next_tile + 1);
+      at = attention_tile<Traits, Op>(params, fresh(next_tile));  // not kept, as registers are few
+    }
+    key_tile = last ? at.key_tiles - 1 : key_tile - 1;
     product_wait<1>();
     pin(s);
-    if (elected && more) barrier_arrive(shared.key_empty(keys.place));
-    keys.next();
+    if (more) {
+      if (elected && !keeps) barrier_arrive(shared.key_empty(keys.place));
+      softmax(key_tile, at, last, shrink);
+      pass(keys, keeps && key_tile == 0, at.key_tiles);
+    }
+    pin(s);
+    if (at.keys > 0) product_wait<0>();  // always: without a branch, ptxas moves the wait up before the softmax
+    product_wait<0>();
+    pin(out);
+    pin(s);
+    if (elected && !keeps_values) barrier_arrive(shared.value_empty(values.place));
+    pass(values, keeps_values && last, at.key_tiles);
+    round_weights();
     if (last) {
-      product_wait<0>();
-      pin(out);
-      if (elected) barrier_arrive(shared.value_empty(values.place));
-      values.next();
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
-        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
-      }
-      at = attention_tile<Traits, Op>(params, fresh(tile));  // not kept, as registers are few
-      const int row = group * kGroupRows + warp * 16 + lane / 4;  // of the tile
-      if constexpr (Traits::kOwn) {
-        const bool has_own = at.chunk == 0;
-        if (has_own) barrier_wait(shared.own_full(), own.parity);
-        Op::template store<T>(params, at, row, top, total, out, seen, shared);
-        if (has_own) {
-          barrier_arrive(shared.own_empty());
-          own.next();
-        }
-      } else {
-        Op::template store<T>(params, at, row, top, total, out, seen);
-      }
+      store(attention_tile<Traits, Op>(params, fresh(tile)), done);
       if (!more) break;
       tile = next_tile;
-      at = attention_tile<Traits, Op>(params, tile);
-      key_tile = at.key_tiles - 1;
-      softmax(key_tile, at, true, shrink);
     } else {
-      --key_tile;
-      softmax(key_tile, at, false, shrink);
-      pin(s);
-      if (at.keys > 0) product_wait<0>();  // always: without a branch, ptxas moves the wait up before the softmax
-      product_wait<0>();
-      pin(out);
-      pin(s);
-      if (elected) barrier_arrive(shared.value_empty(values.place));
-      values.next();
 #pragma unroll
       for (int i = 0; i < kWidth / 2; ++i) out[i] *= shrink[i / 2 % 2];
     }
-    adds = !last;
-    round_weights();
   }
 }
 
 template <typename Traits, typename Op>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     attention_forward_kernel(const __grid_constant__ typename Op::Params params,
-                             const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap key_map,
-                             const __grid_constant__ CUtensorMap value_map,
-                             const __grid_constant__ CUtensorMap own_key_map,
-                             const __grid_constant__ CUtensorMap own_value_map, int tiles) {
+                             const __grid_constant__ AttentionMaps maps, int tiles) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char dynamic[];
   const AttentionShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
@@ -466,22 +515,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     fence_barrier_init();
   }
   __syncthreads();
+  const AttentionTiles block_tiles = attention_tiles<Traits, Op>(params, tiles);
   const int group = threadIdx.x / kGroupThreads;
   if (group == 0) {
     give_registers<Traits::kCopyRegisters>();
     if (threadIdx.x == 0) {
-      attention_copy<Traits, Op>(params, query_map, key_map, value_map, shared, tiles);
+      attention_copy<Traits, Op>(params, maps, shared, block_tiles);
     }
     if constexpr (Traits::kMasked) {
-      if (threadIdx.x / kWarpSize == 1) attention_mask<Traits, Op>(params, shared, tiles);
+      if (threadIdx.x / kWarpSize == 1) attention_mask<Traits, Op>(params, shared, block_tiles);
     }
     if constexpr (Traits::kOwn) {
       const int thread = static_cast<int>(threadIdx.x) - (kGroupThreads - kOwnThreads);
-      if (thread >= 0) attention_own<Traits, Op>(params, own_key_map, own_value_map, shared, tiles, thread);
+      if (thread >= 0) attention_own<Traits, Op>(params, maps, shared, block_tiles, thread);
     }
   } else {
     take_registers<Traits::kComputeRegisters>();
-    attention_compute<Traits, Op>(params, shared, tiles, group - 1);
+    attention_compute<Traits, Op>(params, maps, shared, block_tiles, group - 1);
+    if (threadIdx.x % kWarpSize == 0) store_wait<0>();
   }
 #endif
 }
@@ -490,19 +541,16 @@ template <typename Traits, typename Op>
 cudaError_t launch_attention_forward(const typename Op::Params& params, int64_t chunks) {
   const auto kernel = attention_forward_kernel<Traits, Op>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
-  CUtensorMap query{}, key{}, value{}, own_key{}, own_value{};
-  const auto map = [&params](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
-    return make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
-  };
-  if (error == cudaSuccess) error = map(&query, params.query, Op::rows(params), Traits::kRows);
-  if (error == cudaSuccess) error = map(&key, params.key, Op::keys(params), Traits::kKeys);
-  if (error == cudaSuccess) error = map(&value, params.value, Op::keys(params), Traits::kKeys);
-  if constexpr (Traits::kOwn) {
-    if (error == cudaSuccess) error = map(&own_key, params.own_key, Op::rows(params), Traits::kRows);
-    if (error == cudaSuccess && Op::copies_own(params)) {
-      error = map(&own_value, params.slots, Op::rows(params), Traits::kRows);
+  AttentionMaps maps{};
+  const auto map = [&](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
+    if (error == cudaSuccess) {
+      error = make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
     }
-  }
+  };
+  map(&maps.query, params.query, Op::rows(params), Traits::kRows);
+  map(&maps.key, params.key, Op::keys(params), Traits::kKeys);
+  map(&maps.value, params.value, Op::keys(params), Traits::kKeys);
+  Op::template add_maps<Traits>(params, maps, map);
   if (error != cudaSuccess) return error;
   const int64_t tiles = ceil_div<int64_t>(Op::rows(params), Traits::kRows) * params.B * params.H * chunks;
   if (tiles > INT32_MAX - params.multiprocessors || Op::rows(params) > INT32_MAX - Traits::kRows ||
@@ -511,7 +559,7 @@ cudaError_t launch_attention_forward(const typename Op::Params& params, int64_t 
   }
   const unsigned blocks = static_cast<unsigned>(tiles < params.multiprocessors ? tiles : params.multiprocessors);
   kernel<<<blocks, Traits::kThreads, Traits::kShared, params.stream>>>(  //
-      params, query, key, value, own_key, own_value, static_cast<int>(tiles));
+      params, maps, static_cast<int>(tiles));
   return cudaGetLastError();
 }
 

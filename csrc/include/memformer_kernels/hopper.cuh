@@ -57,6 +57,13 @@ struct Ring {
       parity ^= 1;
     }
   }
+  __device__ __forceinline__ void back(int steps) {  // at most kSize
+    place -= steps;
+    if (place < 0) {
+      place += kSize;
+      parity ^= 1;
+    }
+  }
 };
 
 // Barriers of the block by number: `threads` of them meet, some of which only arrive.
@@ -76,6 +83,20 @@ __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* ma
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(target), "l"(map), "r"(barrier), "r"(channel), "r"(row), "r"(head), "r"(batch)
       : "memory");
+}
+
+// The same box from shared to global memory, but for what lies outside the tensor. A thread waits until all of its
+// stores but kPending have read what they store.
+__device__ __forceinline__ void store_tile(const CUtensorMap* map, uint32_t source, int channel, int row, int head,
+                                           int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n"
+      "cp.async.bulk.commit_group;" ::"l"(map), "r"(source), "r"(channel), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void store_wait() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // What this thread has written to shared memory becomes visible to matrix products and copies.

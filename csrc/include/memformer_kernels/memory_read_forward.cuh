@@ -6,6 +6,8 @@
 
 namespace memformer_kernels {
 
+constexpr int kWarpRows = kGroupRows / 4;
+
 struct MemoryReadForward {
   using Params = MemoryReadForwardParams;
   static constexpr bool kChunks = false;
@@ -13,43 +15,59 @@ struct MemoryReadForward {
   __host__ __device__ static int64_t keys(const Params& params) { return params.M; }
   __device__ static Mask mask(const Params& params) { return params.slot_mask; }
 
-  // Of two rows of the tile, `row` and the eighth after it: the largest logit, the sum of the weights relative to it, in
-  // `out` this thread's part of the sum of weight * value, and whether a key was seen.
-  template <typename T, int kCount>
-  __device__ __forceinline__ static void store(const Params& params, const AttentionTile& at, int row,
-                                               const float (&top)[2], const float (&total)[2],
-                                               const float (&out)[kCount], bool seen) {
-    const int lane = threadIdx.x % 4;
-    row += at.row;
+  template <typename Traits, typename Map>
+  static void add_maps(const Params& params, AttentionMaps& maps, const Map& map) {
+    const auto as_query = [&params](void* tensor) {
+      return Strided<4>{tensor, {params.L * params.H * params.D, params.D, params.H * params.D, 1}};
+    };
+    map(&maps.output, as_query(params.output), params.L, kWarpRows);
+    if (params.rounding != nullptr) map(&maps.rounding, as_query(params.rounding), params.L, kWarpRows);
+  }
+
+  // Of a warp's rows of the tile, from `first` on: this thread's part of the sum of weight * value is in `out`.
+  template <typename T, int kCount, typename Shared>
+  __device__ __forceinline__ static void store(const Params& params, const AttentionMaps& maps, const AttentionTile& at,
+                                               int first, const AttentionSums& sums, const float (&out)[kCount],
+                                               const Shared& shared) {
+    const int lane = fresh(threadIdx.x) % kWarpSize;
+    float inv_total[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r, row += 8) {
-      const float inv_total = 1.0f / total[r];
-      if (params.log_sum_exp != nullptr && lane == 0 && row < params.L) {
-        const float lse = top[r] + __log2f(total[r]) / params.log2_scale;
-        params.log_sum_exp[(static_cast<int64_t>(at.batch) * params.H + at.head) * params.L + row] = seen ? lse : 0.0f;
-      }
-      const int64_t offset = ((at.batch * params.L + row) * params.H + at.head) * params.D;
-      const auto store_words = [&](void* target, int block, uint32_t(&words)[4]) {
-        transpose_quad(words, lane);
-        const int channel = (4 * block + lane) * 8;
-        if (row >= params.L || channel >= params.D) return;
-        T* to = static_cast<T*>(target) + offset + channel;
-        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-      };
-#pragma unroll
-      for (int block = 0; block < kCount / 16; ++block) {
-        uint32_t rounded[4], lost[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int i = (4 * block + j) * 4 + 2 * r;
-          const float low = seen ? out[i] * inv_total : 0.0f, high = seen ? out[i + 1] * inv_total : 0.0f;
-          rounded[j] = pack<T>(low, high);
-          lost[j] = pack<T>(low - unpack<T>(rounded[j], 0), high - unpack<T>(rounded[j], 1));
-        }
-        store_words(params.output, block, rounded);
-        if (params.rounding != nullptr) store_words(params.rounding, block, lost);
+    for (int r = 0; r < 2; ++r) {
+      const int row = at.row + first + lane / 4 + 8 * r;
+      inv_total[r] = sums.seen(r) ? 1.0f / sums.total[r] : 0.0f;
+      if (params.log_sum_exp != nullptr && lane % 4 == 0 && row < params.L) {
+        const float lse = sums.top[r] + __log2f(sums.total[r]) / params.log2_scale;
+        params.log_sum_exp[(static_cast<int64_t>(at.batch) * params.H + at.head) * params.L + row] =
+            sums.seen(r) ? lse : 0.0f;
       }
     }
+    if (lane == 0) store_wait<0>();  // the last tile's, long done
+    const auto store = [&](const CUtensorMap& map, bool rounding) {
+#pragma unroll
+      for (int p = 0; p < Shared::kPanels; ++p) {
+        const int place = (rounding * Shared::kPanels + p) % 2;
+        const uint32_t target = shared.output(place) + first * kPanelRowBytes;
+        if (rounding && Shared::kPanels == 2 && lane == 0) store_wait<1>();
+        __syncwarp();
+#pragma unroll
+        for (int block = 0; block < 8 && p * 8 + block < kCount / 4; block += 2) {
+          uint32_t words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* two = out + (p * 8 + block) * 4 + 2 * i;
+            const float low = two[0] * inv_total[i % 2], high = two[1] * inv_total[i % 2];
+            words[i] = pack<T>(low, high);
+            if (rounding) words[i] = pack<T>(low - unpack<T>(words[i], 0), high - unpack<T>(words[i], 1));
+          }
+          store_matrices(target + lane % 16 * kPanelRowBytes + ((block + lane / 16) ^ lane % 8) * 16, words);
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) store_tile(&map, target, p * kPanelColumns, at.row + first, at.head, at.batch);
+      }
+    };
+    store(maps.output, false);
+    if (params.rounding != nullptr) store(maps.rounding, true);
   }
 };
 

@@ -17,6 +17,12 @@ struct MemoryWriteForward {
   // Whether the slots, a row's own values, are copied into shared memory: those in 16 bits.
   __host__ __device__ static bool copies_own(const Params& params) { return params.slots_dtype == params.dtype; }
 
+  template <typename Traits, typename Map>
+  static void add_maps(const Params& params, AttentionMaps& maps, const Map& map) {
+    map(&maps.own_key, params.own_key, params.M, Traits::kRows);
+    if (copies_own(params)) map(&maps.own_value, params.slots, params.M, Traits::kRows);
+  }
+
   // Elements of a slot.
   template <typename T>
   __device__ static const T* at_row(const Strided<4>& tensor, const AttentionTile& at, int row) {
@@ -51,19 +57,19 @@ struct MemoryWriteForward {
 
   // As memory_read's.
   template <typename T, int kCount, typename Shared>
-  __device__ __forceinline__ static void store(const Params& params, const AttentionTile& at, int first_row,
-                                               const float (&top)[2], const float (&total)[2],
-                                               const float (&out)[kCount], bool seen, const Shared& shared) {
+  __device__ __forceinline__ static void store(const Params& params, const AttentionMaps&, const AttentionTile& at,
+                                               int first, const AttentionSums& sums, const float (&out)[kCount],
+                                               const Shared& shared) {
     const int lane = threadIdx.x % 4, channel = 2 * lane;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row + 8 * r, slot = at.row + row;
+      const int row = first + threadIdx.x % kWarpSize / 4 + 8 * r, slot = at.row + row;
       if (slot >= params.M) continue;
-      float best = top[r], sum = total[r], shrink = 1.0f, own_weight = 0.0f;
+      float best = sums.top[r], sum = sums.total[r], shrink = 1.0f, own_weight = 0.0f;
       if (at.chunk == 0) {
         const float own = load_shared(shared.own_logits() + 4 * row);
-        best = fmaxf(top[r], own);
-        shrink = exp2_fast((top[r] - best) * params.log2_scale);
+        best = fmaxf(sums.top[r], own);
+        shrink = exp2_fast((sums.top[r] - best) * params.log2_scale);
         own_weight = exp2_fast((own - best) * params.log2_scale);
         sum = sum * shrink + own_weight;
       }
@@ -98,8 +104,8 @@ struct MemoryWriteForward {
         if (8 * j + channel >= params.D) break;
         const float* two = out + 4 * j + 2 * r;
         // Where nothing was seen, own to the sign of zero, which a sum with 0 loses.
-        store_global(acc + channel + 8 * j, seen ? fmaf(two[0], shrink, own_weight * own[j].x) : own[j].x,
-                     seen ? fmaf(two[1], shrink, own_weight * own[j].y) : own[j].y);
+        store_global(acc + channel + 8 * j, sums.seen(r) ? fmaf(two[0], shrink, own_weight * own[j].x) : own[j].x,
+                     sums.seen(r) ? fmaf(two[1], shrink, own_weight * own[j].y) : own[j].y);
       }
     }
   }

@@ -15,9 +15,13 @@ from memformer_kernels.triton_helpers import LOG2_E
 
 LEAST_SLOTS = 65
 ALONE = 128  # slots that one block holds in the backward, which then needs no output
-LEAST_SLOTS_FORWARD = 321  # for fewer, the forward is Triton's
 CHUNK = 8192  # tokens that one sum is over in the backward: one row of that many keeps a GPU busy
 CHUNK_ALONE = 1024  # with one block a head: fewer cost a large batch the traffic of more partial results
+
+
+def _forward_is_tritons(slots: int, width: int) -> bool:
+    """Up to 128 slots Triton's kernels hold them too, and are ahead, but for what padding costs heads of 65 to 96."""
+    return slots <= ALONE and not 64 < width <= 96
 
 
 def saves(query: Tensor, key: Tensor) -> tuple[bool, bool]:
@@ -49,13 +53,13 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(output, log_sum_exp, rounding)`, as Triton's: the same function, in other tiles."""
     (B, H, L, D), slots = query.shape, key.shape[2]
-    if slots < LEAST_SLOTS_FORWARD or query.numel() == 0:
-        alone = slots <= ALONE
-        return triton.forward(query, key, value, slot_mask, scale, allow_tf32, save, saves_log_sum_exp=alone)
+    if _forward_is_tritons(slots, D) or query.numel() == 0:
+        return triton.forward(query, key, value, slot_mask, scale, allow_tf32, save, saves_log_sum_exp=slots <= ALONE)
     query, key, value = map(in_vectors, (query, key, value))
     output, log_sum_exp, rounding = new_per_head(query, L), None, None
     if save:
-        log_sum_exp, rounding = query.new_empty((B, H, L), dtype=torch.float32), new_per_head(query, L)
+        log_sum_exp = query.new_empty((B, H, L), dtype=torch.float32)
+        rounding = new_per_head(query, L) if slots > ALONE else None
     extension = _extension.load()
     with _extension.on_device(query.device):
         extension.memory_read_forward(
