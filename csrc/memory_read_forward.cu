@@ -5,7 +5,7 @@ namespace memformer_kernels {
 namespace {
 
 // Tiles of 128 slots and 64 rows a group: at narrow heads three tiles fit the shared memory and three groups the
-// registers, but for a mask; at wide ones two. Four groups have registers for tiles of 64 slots, and take a sixteenth
+// registers, with a mask two; at wide ones two. Four groups have registers for tiles of 64 slots, and take a sixteenth
 // longer for a row: where they leave so many fewer rows empty, they are faster.
 template <typename T, bool kMasked>
 cudaError_t launch(const MemoryReadForwardParams& params) {

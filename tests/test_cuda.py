@@ -167,6 +167,15 @@ def test_what_python_hands_to_the_kernels_is_right(on_cpu, op, sizes, layout, wi
     within_bound(on_cpu(case), case)
 
 
+@pytest.mark.parametrize("op", ["memory_read", "memory_write"])
+def test_saved_tensors_come_back_in_another_layout(on_cpu, op, within_bound):
+    """As they do from `save_on_cpu(pin_memory=True)`."""
+    case = make_case(op, batch=2, heads=3, slots=130, tokens=70, dtype=torch.float16)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda tensor: tensor):
+        result = on_cpu(case)
+    within_bound(result, case)
+
+
 @pytest.mark.parametrize(
     "op, sizes",
     [

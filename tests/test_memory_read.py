@@ -138,6 +138,14 @@ def test_delta_is_not_rounded_to_16_bits(triton, small_tiles, agree):
     agree(triton(case), oracle(case), tolerance=1e-2)
 
 
+def test_saved_tensors_come_back_in_another_layout(triton, small_tiles, same_bits):
+    case = make_case(OP, batch=1, heads=3, slots=17, tokens=5, dtype=torch.float16)
+    expected = triton(case).grads
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda tensor: tensor):
+        grads = triton(case).grads
+    assert same_bits(grads, expected)
+
+
 @pytest.mark.parametrize("slots", [15, 16, 17])
 def test_what_the_forward_saves_is_what_it_says(registered, small_tiles, slots):
     module = importlib.import_module("memformer_kernels.ops.memory_read.triton")

@@ -9,7 +9,7 @@ from torch import Tensor
 from memformer_kernels import _extension, tiles
 from memformer_kernels.hopper import DTYPES, chunk_of_tokens, in_vectors, unsupported_device, without_padding
 from memformer_kernels.ops.memory_read import triton
-from memformer_kernels.ops.per_head import new_per_head
+from memformer_kernels.ops.per_head import in_per_head, new_per_head
 from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import LOG2_E
 
@@ -101,7 +101,8 @@ def backward(
     statistics = carry = None
     chunk = chunk_of_tokens(L, CHUNK_ALONE, extension.memory_read_backward_tokens)
     if slots > ALONE:
-        output, rounding, chunk = in_vectors(output), in_vectors(rounding), CHUNK
+        output, rounding = (in_vectors(in_per_head(tensor)) for tensor in (output, rounding))
+        chunk = CHUNK
         tokens = extension.memory_read_backward_tokens
         statistics = query.new_empty((B * H * -(-L // tokens), 2, tokens), dtype=torch.float32)
     if slots > extension.memory_read_backward_slots:

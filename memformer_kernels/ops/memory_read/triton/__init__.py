@@ -10,7 +10,7 @@ from memformer_kernels.ops.memory_read.triton.forward import (
     _memory_read_forward_kernel,
     _memory_read_forward_resident_kernel,
 )
-from memformer_kernels.ops.per_head import new_per_head
+from memformer_kernels.ops.per_head import in_per_head, new_per_head
 from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_attention import attention_backward_keys_kernel, attention_backward_rows_kernel
 from memformer_kernels.triton_helpers import LOG2_E
@@ -228,7 +228,7 @@ def backward(
         run[0](
             grad,
             output,
-            None if query.dtype == torch.float32 else rounding,
+            None if query.dtype == torch.float32 else in_per_head(rounding),
             query,
             key,
             value,
