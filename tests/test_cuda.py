@@ -142,8 +142,8 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
     [
         ("memory_read", dict(slots=65, tokens=130, masked=0.4)),  # in chunks
         ("memory_read", dict(slots=128, tokens=64, width=20)),
-        ("memory_read", dict(slots=129, tokens=65, masked=0.4)),
-        ("memory_read", dict(slots=330, tokens=70, width=20)),  # the forward too
+        ("memory_read", dict(slots=129, tokens=65, masked=0.4)),  # the forward too
+        ("memory_read", dict(slots=330, tokens=70, width=20)),
         ("memory_read", dict(slots=1100, tokens=3, masked=0.4)),  # groups of slots
         ("memory_read", dict(slots=70, tokens=0)),
         ("memory_read", dict(slots=330, tokens=0)),
@@ -159,6 +159,7 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
         ("memory_write", dict(slots=70, tokens=0)),
         ("memory_forget", dict(batch=33)),  # in groups
         ("memory_forget", dict(batch=0)),
+        ("memory_read", dict(slots=70, tokens=66, width=72, masked=0.4)),  # the forward, without rounding
     ],
 )
 def test_what_python_hands_to_the_kernels_is_right(on_cpu, op, sizes, layout, within_bound):

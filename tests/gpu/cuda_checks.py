@@ -49,6 +49,14 @@ def batches(run, case):
         assert all(same_bits(again[name], whole[name]) for name in whole), "repeats"
 
 
+def saved_on_the_host(run, case):
+    """Saved tensors come back in another layout from the host, and change no bit."""
+    grad = cotangent(case)
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        through_host = run(case, grad)
+    assert not differing(through_host, run(case, grad)), f"saved on the host: {tuple(case.tensors['query'].shape)}"
+
+
 def graph_of(run, case, others):
     """A CUDA graph of forward and backward of the case, replayed on the values of others."""
     static, grad = case.map(torch.clone), cotangent(case)
