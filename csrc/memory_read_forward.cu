@@ -5,11 +5,11 @@ namespace memformer_kernels {
 namespace {
 
 // Tiles of 128 slots and 64 rows a group: at narrow heads three tiles fit the shared memory and three groups the
-// registers, with a mask two; at wide ones two. Four groups have registers for tiles of 64 slots, and take a sixteenth
-// longer for a row: where they leave so many fewer rows empty, they are faster.
+// registers; at wide ones two. Four groups have registers for tiles of 64 slots, and take a sixteenth longer for a row:
+// where they leave so many fewer rows empty, they are faster.
 template <typename T, bool kMasked>
 cudaError_t launch(const MemoryReadForwardParams& params) {
-  using Narrow = AttentionTraits<T, 64, 128, 3, kMasked ? 2 : 3, kMasked, false>;
+  using Narrow = AttentionTraits<T, 64, 128, 3, 3, kMasked, false>;
   using Four = AttentionTraits<T, 64, 64, 4, 4, kMasked, false>;
   using Middle = AttentionTraits<T, 96, 128, 2, 2, kMasked, false>;
   using Wide = AttentionTraits<T, 128, 128, 2, 2, kMasked, false>;

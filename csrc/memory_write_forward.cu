@@ -15,7 +15,7 @@ template <typename T, bool kMasked>
 cudaError_t launch(const MemoryWriteForwardParams& params) {
   constexpr int kTokens = kMemoryWriteForwardTokens;
   using Two = AttentionTraits<T, 64, kTokens, 3, 2, kMasked, true>;
-  using Three = AttentionTraits<T, 64, kTokens, 3, 3, false, true>;
+  using Three = AttentionTraits<T, 64, kTokens, 3, 3, kMasked, true>;
   using Middle = AttentionTraits<T, 96, kTokens, 2, 2, kMasked, true>;
   using Wide = AttentionTraits<T, 128, kTokens, 2, 2, kMasked, true>;
   if (params.D > Wide::kWidth || params.D % 8 != 0 || params.L == 0 || params.chunk % kTokens != 0 ||
@@ -25,7 +25,7 @@ cudaError_t launch(const MemoryWriteForwardParams& params) {
   if (params.L > INT32_MAX - params.chunk) return cudaErrorInvalidConfiguration;
   if (params.D > Middle::kWidth) return launch_over_chunks<Wide>(params);
   if (params.D > Two::kWidth) return launch_over_chunks<Middle>(params);
-  if (!kMasked && 3 * ceil_div<int64_t>(params.M, Two::kRows) >= 4 * ceil_div<int64_t>(params.M, Three::kRows)) {
+  if (3 * ceil_div<int64_t>(params.M, Two::kRows) >= 4 * ceil_div<int64_t>(params.M, Three::kRows)) {
     return launch_over_chunks<Three>(params);
   }
   return launch_over_chunks<Two>(params);

@@ -246,9 +246,10 @@ __device__ __forceinline__ void attention_mask(const typename Op::Params& params
         const uint32_t value = shared.value(values.place) + lane * 16;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-#pragma unroll 1
+          const uint32_t rows = visible[w] >> lane / kRowVectors;
+#pragma unroll
           for (int row = 0; row < kWarpSize; row += kRowsAtOnce) {
-            if (visible[w] >> (row + lane / kRowVectors) & 1) continue;
+            if (rows >> row & 1) continue;
 #pragma unroll
             for (int p = 0; p < Traits::kPanels; ++p) {
               store_shared_zero(value + p * Traits::kKeyPanel + (w * kWarpSize + row) * kPanelRowBytes);
