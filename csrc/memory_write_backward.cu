@@ -19,18 +19,22 @@ cudaError_t launch(const MemoryWriteBackwardParams& params) {
   const auto kernel = memory_write_backward_kernel<Traits>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
   if (error != cudaSuccess) return error;
-  CUtensorMap query{}, du{}, key{}, value{};
-  const auto map = [&params](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
-    return make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
+  WriteBackwardMaps maps{};
+  const auto map = [&](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
+    if (error == cudaSuccess) {
+      error = make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
+    }
   };
-  error = map(&query, params.query, params.M, Traits::kSlots);
-  if (error == cudaSuccess) error = map(&du, params.du, params.M, Traits::kSlots);
-  if (error == cudaSuccess) error = map(&key, params.key, params.L, Traits::kTokens);
-  if (error == cudaSuccess) error = map(&value, params.value, params.L, Traits::kTokens);
+  map(&maps.query, params.query, params.M, Traits::kSlots);
+  map(&maps.du, params.du, params.M, Traits::kSlots);
+  map(&maps.key, params.key, params.L, Traits::kTokens);
+  map(&maps.value, params.value, params.L, Traits::kTokens);
+  map(&maps.grad_key, heads_of_rows(params.grad_key, params.L, params.H, params.D), params.L, kWarpRows);
+  map(&maps.grad_value, heads_of_rows(params.grad_value, params.L, params.H, params.D), params.L, kWarpRows);
   if (error != cudaSuccess) return error;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(parts, params.multiprocessors));
   kernel<<<blocks, Traits::kThreads, Traits::kShared, params.stream>>>(
-      params, static_cast<int>(parts), static_cast<int>(chunks), query, du, key, value);
+      params, static_cast<int>(parts), static_cast<int>(chunks), maps);
   return cudaGetLastError();
 }
 

@@ -15,6 +15,7 @@ namespace memformer_kernels {
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kGroupRows = 64;      // of its matrix products
+constexpr int kWarpRows = 16;       // of them, of each warp
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -317,6 +318,21 @@ constexpr int kPanelRowBytes = 128;
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t panel) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kAtoms = uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kAtoms | uint64_t{panel >> 4} << 16 | (address & 0x3ffff) >> 4;
+}
+
+// A warp's rows of what a product gave, in 16 bits, as many blocks of it as a panel takes, into the panel whose rows
+// begin at `target`. word(i, r): elements i and i + 1 of the product, which are in the upper rows, r = 0, or the lower.
+template <typename Word>
+__device__ __forceinline__ void store_blocks(uint32_t target, int blocks, const Word& word) {
+  const int lane = fresh(threadIdx.x) % 32, row = lane % kWarpRows;
+#pragma unroll
+  for (int block = 0; block < kPanelRowBytes / 16; block += 2) {
+    if (block >= blocks) break;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = word(4 * block + 2 * i, i % 2);
+    store_matrices(target + row * kPanelRowBytes + ((block + lane / 16) ^ row % 8) * 16, words);
+  }
 }
 
 __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

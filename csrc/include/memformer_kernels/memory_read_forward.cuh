@@ -6,8 +6,6 @@
 
 namespace memformer_kernels {
 
-constexpr int kWarpRows = kGroupRows / 4;
-
 struct MemoryReadForward {
   using Params = MemoryReadForwardParams;
   static constexpr bool kChunks = false;
@@ -17,11 +15,9 @@ struct MemoryReadForward {
 
   template <typename Traits, typename Map>
   static void add_maps(const Params& params, AttentionMaps& maps, const Map& map) {
-    const auto as_query = [&params](void* tensor) {
-      return Strided<4>{tensor, {params.L * params.H * params.D, params.D, params.H * params.D, 1}};
-    };
-    map(&maps.output, as_query(params.output), params.L, kWarpRows);
-    if (params.rounding != nullptr) map(&maps.rounding, as_query(params.rounding), params.L, kWarpRows);
+    map(&maps.output, heads_of_rows(params.output, params.L, params.H, params.D), params.L, kWarpRows);
+    if (params.rounding == nullptr) return;
+    map(&maps.rounding, heads_of_rows(params.rounding, params.L, params.H, params.D), params.L, kWarpRows);
   }
 
   // Of a warp's rows of the tile, from `first` on: this thread's part of the sum of weight * value is in `out`.
@@ -49,18 +45,12 @@ struct MemoryReadForward {
         const uint32_t target = shared.output(place) + first * kPanelRowBytes;
         if (rounding && Shared::kPanels == 2 && lane == 0) store_wait<1>();
         __syncwarp();
-#pragma unroll
-        for (int block = 0; block < 8 && p * 8 + block < kCount / 4; block += 2) {
-          uint32_t words[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float* two = out + (p * 8 + block) * 4 + 2 * i;
-            const float low = two[0] * inv_total[i % 2], high = two[1] * inv_total[i % 2];
-            words[i] = pack<T>(low, high);
-            if (rounding) words[i] = pack<T>(low - unpack<T>(words[i], 0), high - unpack<T>(words[i], 1));
-          }
-          store_matrices(target + lane % 16 * kPanelRowBytes + ((block + lane / 16) ^ lane % 8) * 16, words);
-        }
+        const auto word = [&](int i, int r) {
+          const float low = out[32 * p + i] * inv_total[r], high = out[32 * p + i + 1] * inv_total[r];
+          const uint32_t rounded = pack<T>(low, high);
+          return rounding ? pack<T>(low - unpack<T>(rounded, 0), high - unpack<T>(rounded, 1)) : rounded;
+        };
+        store_blocks(target, kCount / 4 - 8 * p, word);
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) store_tile(&map, target, p * kPanelColumns, at.row + first, at.head, at.batch);

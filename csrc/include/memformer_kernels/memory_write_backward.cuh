@@ -16,14 +16,19 @@ namespace memformer_kernels {
 template <typename T, int kChannels>
 struct WriteBackwardTraits : SlotTiles<T, kChannels> {
   using Tiles = SlotTiles<T, kChannels>;
-  using Tiles::kScoreTile, Tiles::kSlots, Tiles::kSlotTile, Tiles::kTokenTile, Tiles::kWide;
+  using Tiles::kGroups, Tiles::kScoreTile, Tiles::kSlots, Tiles::kSlotTile, Tiles::kTokenTile, Tiles::kWide;
   static constexpr int kHeld = kWide ? 1 : 2;    // pairs of queries and du on chip: those of the next head too
   static constexpr int kStages = kWide ? 2 : 3;  // tiles of tokens on their way
   static constexpr int kScores = 2;              // tiles of weights and ds
   static_assert(kSlots == kMemoryWriteBackwardSlots);
   static constexpr int kBarriers = 2 * (kHeld + kStages + kScores);
   static constexpr int kShared = 1024 + 2 * kHeld * kSlotTile + kStages * (2 * kTokenTile + 8) +
-                                 kScores * 2 * kScoreTile + 8 * kBarriers;
+                                 kScores * 2 * kScoreTile + kGroups * kTokenTile + 8 * kBarriers;
+};
+
+// What TMA copies: boxes of all slots, of a tile of tokens, and of the tokens of a warp.
+struct WriteBackwardMaps {
+  CUtensorMap query, du, key, value, grad_key, grad_value;
 };
 
 // Places in shared memory, as addresses; an index is a place in a ring.
@@ -36,7 +41,8 @@ struct WriteBackwardShared {
   __device__ uint32_t value(int i) const { return key(Traits::kStages + i); }
   __device__ uint32_t weights(int i) const { return value(Traits::kStages) + i * Traits::kScoreTile; }  // w^T
   __device__ uint32_t scores(int i) const { return weights(Traits::kScores + i); }                      // ds^T
-  __device__ uint32_t visible(int i) const { return scores(Traits::kScores) + 8 * i; }  // tokens, a bit for each
+  __device__ uint32_t grads(int group) const { return scores(Traits::kScores) + group * Traits::kTokenTile; }
+  __device__ uint32_t visible(int i) const { return grads(Traits::kGroups) + 8 * i; }  // tokens, a bit for each
   __device__ uint32_t held_full(int i) const { return visible(Traits::kStages + i); }
   __device__ uint32_t held_empty(int i) const { return held_full(Traits::kHeld + i); }
   __device__ uint32_t tokens_full(int i) const { return held_empty(Traits::kHeld + i); }
@@ -60,8 +66,7 @@ __device__ __forceinline__ WriteBackwardItem write_backward_item(const MemoryWri
 
 template <typename Traits>
 __device__ __forceinline__ void write_backward_copy(const MemoryWriteBackwardParams& params, int parts, int chunks,
-                                                    const CUtensorMap& query_map, const CUtensorMap& du_map,
-                                                    const CUtensorMap& key_map, const CUtensorMap& value_map,
+                                                    const WriteBackwardMaps& maps,
                                                     WriteBackwardShared<Traits> shared) {
   Ring<Traits::kHeld> held;
   Ring<Traits::kStages> stage;
@@ -77,16 +82,16 @@ __device__ __forceinline__ void write_backward_copy(const MemoryWriteBackwardPar
     const uint32_t held_full = shared.held_full(held.place);
     barrier_wait(shared.held_empty(held.place), held.parity ^ 1);
     barrier_arrive_expecting(held_full, 2 * Traits::kSlotTile);
-    copy(shared.query(held.place), Traits::kSlotPanel, query_map, held_full, 0);
-    copy(shared.du(held.place), Traits::kSlotPanel, du_map, held_full, 0);
+    copy(shared.query(held.place), Traits::kSlotPanel, maps.query, held_full, 0);
+    copy(shared.du(held.place), Traits::kSlotPanel, maps.du, held_full, 0);
     int token = item.first_token;
 #pragma unroll 1
     for (int t = item.tiles; t > 0; --t, stage.next(), token += Traits::kTokens) {
       const uint32_t full = shared.tokens_full(stage.place);
       barrier_wait(shared.tokens_empty(stage.place), stage.parity ^ 1);
       barrier_arrive_expecting(full, 2 * Traits::kTokenTile);
-      copy(shared.key(stage.place), Traits::kTokenPanel, key_map, full, token);
-      copy(shared.value(stage.place), Traits::kTokenPanel, value_map, full, token);
+      copy(shared.key(stage.place), Traits::kTokenPanel, maps.key, full, token);
+      copy(shared.value(stage.place), Traits::kTokenPanel, maps.value, full, token);
     }
   }
 }
@@ -122,6 +127,7 @@ __device__ __forceinline__ void write_backward_copy_mask(const MemoryWriteBackwa
 
 template <typename Traits>
 __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackwardParams& params, int parts, int chunks,
+                                                       const WriteBackwardMaps& maps,
                                                        WriteBackwardShared<Traits> shared, int group) {
   using T = typename Traits::T;
   constexpr int kChannels = Traits::kChannels, kTokens = Traits::kTokens;
@@ -155,17 +161,33 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
   };
 
   struct Rows {        // of the tokens' gradients, of a tile
-    int64_t element;   // of the first
+    int head, token;   // of all batches' heads; the first
     uint32_t visible;  // 16 tokens of this warp, a bit for each
-    int count;         // up to the end
   };
   const auto store_of_tokens = [&](const Rows& rows) {
-    const int row_size = static_cast<int>(params.H) * params.D, in_warp = fresh(lane) / 4;
-    const int row = warp * 16 + in_warp;
-    const TwoRows two{{row < rows.count, row + 8 < rows.count},
-                      {(rows.visible >> in_warp & 1) != 0, (rows.visible >> in_warp & 0x100) != 0}};
-    T* target = static_cast<T*>(has_keys ? params.grad_key : params.grad_value) + rows.element + row * row_size;
-    store_rows(target, 8 * row_size, two, grad_tokens, has_keys ? params.scale : 1.0f, params.D);
+    const uint32_t target = shared.grads(group) + warp * kWarpRows * kPanelRowBytes;
+    const float factor = has_keys ? params.scale : 1.0f;
+    const uint32_t shown = rows.visible >> fresh(lane) / 4;
+    if (elected) store_wait<0>();  // the last tile's, long done
+    __syncwarp();
+#pragma unroll
+    for (int p = 0; p < Traits::kPanels; ++p) {
+      const auto word = [&](int i, int r) {
+        const float* two = grad_tokens + 32 * p + i;
+        return shown >> 8 * r & 1 ? pack<T>(two[0] * factor, two[1] * factor) : 0;
+      };
+      store_blocks(target + p * Traits::kTokenPanel, kChannels / 8 - 8 * p, word);
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (elected) {
+      const CUtensorMap* map = has_keys ? &maps.grad_key : &maps.grad_value;
+      const int H = static_cast<int>(params.H), first = rows.token + warp * kWarpRows;
+#pragma unroll
+      for (int p = 0; p < Traits::kPanels; ++p) {
+        store_tile(map, target + p * Traits::kTokenPanel, p * kPanelColumns, first, rows.head % H, rows.head / H);
+      }
+    }
   };
   const auto store_partial = [&](const WriteBackwardItem& at) {
     const int row_size = static_cast<int>(params.H) * params.D;
@@ -245,8 +267,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
   const auto take = [&] {
     item = write_backward_item<Traits>(params, chunks, part);
     take_slots(item);
-    left = {((item.batch * params.L + item.first_token) * params.H + item.head) * params.D, 0,
-            static_cast<int>(params.L) - item.first_token};
+    left = {item.batch * static_cast<int>(params.H) + item.head, item.first_token, 0};
   };
   take();
   int tiles = item.tiles;  // of tokens, that are left
@@ -318,21 +339,18 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
       if (!more) break;
     } else {
       ready = left;
-      left.element += kTokens * params.H * params.D;
-      left.count -= kTokens;
+      left.token += kTokens;
     }
     adds = !last;
   }
   product_wait<0>();
+  if (elected) store_wait<0>();
 }
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     memory_write_backward_kernel(const __grid_constant__ MemoryWriteBackwardParams params, int parts, int chunks,
-                                 const __grid_constant__ CUtensorMap query_map,
-                                 const __grid_constant__ CUtensorMap du_map,
-                                 const __grid_constant__ CUtensorMap key_map,
-                                 const __grid_constant__ CUtensorMap value_map) {
+                                 const __grid_constant__ WriteBackwardMaps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char dynamic[];
   const WriteBackwardShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
@@ -345,12 +363,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (group == 0) {
     give_registers<Traits::kCopyRegisters>();
     if (threadIdx.x == 0) {
-      write_backward_copy<Traits>(params, parts, chunks, query_map, du_map, key_map, value_map, shared);
+      write_backward_copy<Traits>(params, parts, chunks, maps, shared);
     }
     if (threadIdx.x / kWarpSize == 1) write_backward_copy_mask<Traits>(params, parts, chunks, shared);
   } else {
     take_registers<Traits::kComputeRegisters>();
-    write_backward_compute<Traits>(params, parts, chunks, shared, group - 1);
+    write_backward_compute<Traits>(params, parts, chunks, maps, shared, group - 1);
   }
 #endif
 }

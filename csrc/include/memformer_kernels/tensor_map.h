@@ -36,6 +36,11 @@ inline bool tensor_map_takes(const Strided<4>& tensor, int64_t B, int64_t H, int
   return takes;
 }
 
+// A contiguous [B, rows, H, D] as [B, H, rows, D].
+inline Strided<4> heads_of_rows(void* data, int64_t rows, int64_t H, int64_t D) {
+  return {data, {rows * H * D, D, H * D, 1}};
+}
+
 // Of [B, H, rows, D] in 16 bits, in boxes of so many rows and 64 channels, swizzled by 128 bytes. The driver refuses it
 // in a thread that has no context yet: call the runtime before, which binds one.
 inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const Strided<4>& tensor, int64_t B, int64_t H,
