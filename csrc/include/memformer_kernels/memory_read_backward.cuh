@@ -286,7 +286,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
 
   const auto store_grad_query = [&](const Rows& of) {
     const int row_size = static_cast<int>(params.H) * params.D;
-    const int row = warp * 16 + fresh(lane) / 4, first = group * kWidth / 2;
+    const int row = warp * kWarpRows + fresh(lane) / 4, first = group * kWidth / 2;
     T* target = static_cast<T*>(params.grad_query) + of.element + row * row_size + first;
     const TwoRows rows{{row < of.count, row + 8 < of.count}};
     store_rows(target, 8 * row_size, rows, grad_query, params.scale, params.D - first);
@@ -298,7 +298,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
   bool visible[2] = {};  // this thread's two
   Rows left{};           // of this tile
   const auto slot_of = [&](int r) {
-    return first_slot + group * kGroupRows + warp * 16 + fresh(lane) / 4 + 8 * r;
+    return first_slot + group * kGroupRows + warp * kWarpRows + fresh(lane) / 4 + 8 * r;
   };
   const auto hide = [&](float(&x)[kTokens / 2]) {
     if (hides) {
@@ -395,7 +395,7 @@ __device__ __forceinline__ void read_backward_compute(const MemoryReadBackwardPa
                      (params.slot_mask.data == nullptr ||
                       params.slot_mask.data[batch * params.slot_mask.stride[0] + slot * params.slot_mask.stride[1]]);
         if (visible[r]) continue;
-        const int row = group * kGroupRows + warp * 16 + lane / 4 + 8 * r;
+        const int row = group * kGroupRows + warp * kWarpRows + lane / 4 + 8 * r;
 #pragma unroll
         for (int c = 0; c < Traits::kPanels * 2; ++c) {  // whatever they hold, even NaN, must not reach a product
           const uint32_t offset = c / 2 * Traits::kSlotPanel + row * kPanelRowBytes + (lane % 4 + c % 2 * 4) * 16;

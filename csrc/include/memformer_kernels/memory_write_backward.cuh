@@ -191,7 +191,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
   };
   const auto store_partial = [&](const WriteBackwardItem& at) {
     const int row_size = static_cast<int>(params.H) * params.D;
-    const int slot = group * kGroupRows + warp * 16 + fresh(lane) / 4;
+    const int slot = group * kGroupRows + warp * kWarpRows + fresh(lane) / 4;
     const int64_t first = ((at.chunk * params.B + at.batch) * params.M + slot) * row_size + at.head * params.D;
     store_rows(params.partial + first, 8 * row_size, {{slot < M, slot + 8 < M}}, grad_query, 1.0f, params.D);
   };
@@ -249,7 +249,7 @@ __device__ __forceinline__ void write_backward_compute(const MemoryWriteBackward
     const int64_t head = (item.batch * params.H + item.head) * params.M;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int slot = group * kGroupRows + warp * 16 + lane / 4 + 8 * r;
+      const int slot = group * kGroupRows + warp * kWarpRows + lane / 4 + 8 * r;
       log_sum_exp[r] = slot < M ? params.log_sum_exp[head + slot] : INFINITY;
       delta[r] = slot < M ? params.delta[head + slot] : 0.0f;
     }

@@ -56,7 +56,7 @@ struct SlotGroup {
   using T = typename Tiles::T;
   int group, warp, lane;
 
-  __device__ __forceinline__ int row() const { return group * kGroupRows + warp * 16 + lane % 16; }
+  __device__ __forceinline__ int row() const { return group * kGroupRows + warp * kWarpRows + lane % 16; }
 
   // Rows of a tile of slots, as the first operand of a product.
   __device__ __forceinline__ void load_rows(uint32_t* rows, uint32_t tile) const {
