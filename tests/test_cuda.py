@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import LAYOUTS, contiguous
+from layouts import LAYOUTS, contiguous, gaps
 
 from memformer_kernels.testing import make_case, run
 
@@ -168,11 +168,14 @@ def test_what_python_hands_to_the_kernels_is_right(on_cpu, op, sizes, layout, wi
     within_bound(on_cpu(case), case)
 
 
-@pytest.mark.parametrize("op", ["memory_read", "memory_write"])
-def test_saved_tensors_come_back_in_another_layout(on_cpu, op, within_bound):
-    """As they do from `save_on_cpu(pin_memory=True)`."""
-    case = make_case(op, batch=2, heads=3, slots=130, tokens=70, dtype=torch.float16)
-    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda tensor: tensor):
+@pytest.mark.parametrize("layout", [contiguous, gaps])
+@pytest.mark.parametrize(
+    "op, slots", [("memory_read", 70), ("memory_read", 130), ("memory_write", 70), ("memory_write", 130)]
+)
+def test_saved_tensors_come_back_in_another_layout(on_cpu, op, slots, layout, within_bound):
+    """As they do from `save_on_cpu(pin_memory=True)`, and may from other hooks."""
+    case = make_case(op, batch=2, heads=3, slots=slots, tokens=70, dtype=torch.float16)
+    with torch.autograd.graph.saved_tensors_hooks(layout, lambda tensor: tensor):
         result = on_cpu(case)
     within_bound(result, case)
 

@@ -1,6 +1,7 @@
 import importlib
 import math
 
+import layouts
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,10 +139,11 @@ def test_delta_is_not_rounded_to_16_bits(triton, small_tiles, agree):
     agree(triton(case), oracle(case), tolerance=1e-2)
 
 
-def test_saved_tensors_come_back_in_another_layout(triton, small_tiles, same_bits):
+@pytest.mark.parametrize("layout", [layouts.contiguous, layouts.gaps])
+def test_saved_tensors_come_back_in_another_layout(triton, small_tiles, same_bits, layout):
     case = make_case(OP, batch=1, heads=3, slots=17, tokens=5, dtype=torch.float16)
     expected = triton(case).grads
-    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(layout, lambda tensor: tensor):
         grads = triton(case).grads
     assert same_bits(grads, expected)
 

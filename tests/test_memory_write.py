@@ -1,5 +1,6 @@
 import math
 
+import layouts
 import pytest
 import torch
 from hypothesis import given, settings
@@ -384,6 +385,15 @@ def test_layout_of_the_incoming_gradient_does_not_matter(path, layout, bias, agr
     before = storage(grad)
     agree(path(case, grad), path(case, contiguous(grad)))
     assert torch.equal(storage(grad), before)
+
+
+@pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])
+def test_saved_tensors_come_back_in_another_layout(triton, small_tiles, same_bits, slots):
+    case = make_case(OP, batch=1, heads=3, slots=slots, tokens=5, dtype=torch.float16)
+    expected = triton(case).grads
+    with torch.autograd.graph.saved_tensors_hooks(layouts.gaps, lambda tensor: tensor):
+        grads = triton(case).grads
+    assert same_bits(grads, expected)
 
 
 @pytest.mark.parametrize("slots", [2, 17], ids=["one tile", "tiles"])

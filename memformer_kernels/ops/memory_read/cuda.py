@@ -97,6 +97,7 @@ def backward(
     if query.numel() == 0:
         return new_per_head(query, L), new_per_head(key, slots).zero_(), new_per_head(key, slots).zero_()
     grad, query, key, value = map(in_vectors, (grad, query, key, value))
+    log_sum_exp = log_sum_exp.contiguous()
     extension = _extension.load()
     statistics = carry = None
     chunk = chunk_of_tokens(L, CHUNK_ALONE, extension.memory_read_backward_tokens)

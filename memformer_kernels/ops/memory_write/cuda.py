@@ -259,10 +259,11 @@ def backward(
     partial_bias = grad_bias if groups == 1 or bias is None else new(groups, M, H * D)
     du, row_terms = query.new_empty((B, M, H, D)), new(2, B, H, M)  # delta and the own logit's gradient
     results = du, row_terms, grad_own_key, grad_slots, partial_bias
-    rows(grad, query, slots, bias, attended, inv_total, own_weight, inv_norm, *results)
+    saved = [tensor.contiguous() for tensor in (attended, inv_total, own_weight, inv_norm)]
+    rows(grad, query, slots, bias, *saved, *results)
     if bias is not None and groups > 1:
         sum_partials(groups, M * H * D, bias.dtype, bias.device)(partial_bias, grad_bias)
-    given = query, du.transpose(1, 2), key, value, token_mask, log_sum_exp
+    given = query, du.transpose(1, 2), key, value, token_mask, log_sum_exp.contiguous()
     partial, grad_key, grad_value = over_tokens(*given, row_terms[0], scale)
     finish(partial, own_key, row_terms, grad_query)
     return grad_query, grad_own_key, grad_slots, grad_key, grad_value, grad_bias

@@ -224,6 +224,7 @@ def backward(
     if output is None:
         run[0](grad, query, key, value, slot_mask, grad_query, partial_key, partial_value)
     else:
+        log_sum_exp = log_sum_exp.contiguous()
         delta = torch.empty_like(log_sum_exp)
         run[0](
             grad,

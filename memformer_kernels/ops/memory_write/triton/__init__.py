@@ -299,9 +299,11 @@ def backward(
     grad_attended = query.new_empty((B, M, H, D))
     row_terms = new(2, B, H, M)  # delta and the own logit's gradient
     results = grad_attended, row_terms, grad_own_key, grad_slots, partial_bias
-    run["rows"](grad, query, slots, bias, attended, inv_total, own_weight, inv_norm, *results)
+    saved = [tensor.contiguous() for tensor in (attended, inv_total, own_weight, inv_norm)]
+    run["rows"](grad, query, slots, bias, *saved, *results)
     if bias is not None and groups > 1:
         sum_partials(groups, M * H * D, bias.dtype, bias.device)(partial_bias, grad_bias)
+    log_sum_exp = log_sum_exp.contiguous()
     if tokens and "resident" in run:
         tensors = grad_attended, query, own_key, key, value, token_mask, log_sum_exp, row_terms
         run["resident"](*tensors, partial_query, grad_key, grad_value)
