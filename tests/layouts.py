@@ -4,10 +4,11 @@ import torch
 
 
 def _unreadable(tensor, shape):
-    """NaN, or for a mask the opposite of what it begins with."""
+    """NaN; of integers the largest; for a mask the opposite of what it begins with."""
     if tensor.dtype == torch.bool:
         return tensor.new_full(shape, not tensor.flatten()[:1].all())
-    return tensor.new_full(shape, float("nan"))
+    nowhere = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    return tensor.new_full(shape, nowhere)
 
 
 def contiguous(tensor):

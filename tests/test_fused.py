@@ -1,5 +1,6 @@
 """The fused pieces of a layer, in the Triton interpreter, and where their gradients go."""
 
+import layouts
 import pytest
 import torch
 from torch import nn
@@ -322,6 +323,24 @@ def test_strided_inputs_and_gradients():
     outputs = functions.ResidualNormLinear.apply(contiguous, None, *given)
     expected = torch.autograd.grad(outputs, contiguous, (torch.ones(6, 24), torch.ones(6, 12)))
     assert torch.equal(grads[0], expected[0])
+
+
+@pytest.mark.parametrize("piece", ["embed", "gelu_linear", "residual_norm", "self_attention"])
+def test_saved_tensors_come_back_in_another_layout(piece):
+    norm, f = _pieces(24, F32)
+    x, words, places = (torch.randn(n, 24).requires_grad_() for n in (6, 8, 3))
+    tokens = torch.randint(8, (2, 3))
+    apply = {
+        "embed": lambda: functions.Embed.apply(tokens, words, places),
+        "gelu_linear": lambda: functions.GeluLinear.apply(x, f.weight, f.bias, False),
+        "residual_norm": lambda: functions.ResidualNorm.apply(x, None, norm.weight, norm.bias, norm.eps, F32)[1],
+        "self_attention": lambda: functions.SegmentAttention.apply(x, 3, 2, True),
+    }[piece]
+    leaves = (words, places) if piece == "embed" else (x,)
+    expected = _gradients([apply()], leaves)
+    with torch.autograd.graph.saved_tensors_hooks(layouts.gaps, lambda tensor: tensor):
+        found = _gradients([apply()], leaves)
+    torch.testing.assert_close(found, expected)
 
 
 def test_second_derivatives_are_refused():

@@ -1,7 +1,8 @@
 """The fused sublayer pieces with their backwards.
 
 Matrix products are kept or read from memory, what lies between them is computed again: the backward of a normalisation
-needs its input and two numbers a row, that of a GELU its input. Gradients of parameters are offered to `deliver`.
+needs its input and two numbers a row, that of a GELU its input. Gradients of parameters are offered to `deliver`. What
+the kernels read is made contiguous in the backward too: hooks may bring saved tensors back in any layout.
 """
 
 import torch
@@ -31,7 +32,7 @@ class Embed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Grad, ...]:
         refuse_double_backward("embed")
-        (tokens,), words, places, grad = ctx.saved_tensors, ctx.words, ctx.places, grad.contiguous()
+        tokens, words, places, grad = ctx.saved_tensors[0].contiguous(), ctx.words, ctx.places, grad.contiguous()
         batch, length = tokens.shape
 
         def of_words(totals: list[Grad]) -> tuple[Grad, ...]:
@@ -104,7 +105,7 @@ class GeluLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Grad, ...]:
         refuse_double_backward("gelu_linear")
         hidden, w, kept = ctx.saved_tensors
-        grad_hidden, again = kernels.gelu_backward(grad @ w, hidden, kept is None)
+        grad_hidden, again = kernels.gelu_backward(grad @ w, hidden.contiguous(), kept is None)
         return grad_hidden, *_of_parameters(ctx, grad, again if kept is None else kept), None
 
 
@@ -157,7 +158,7 @@ class SegmentAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Grad, ...]:
         refuse_double_backward("self-attention")
-        (projected,) = ctx.saved_tensors
+        projected = ctx.saved_tensors[0].contiguous()
         return segment_attention.backward(grad.contiguous(), projected, *ctx.options), None, None, None
 
 
@@ -175,7 +176,7 @@ def _residual_norm(ctx, x, branch, norm_weight, norm_bias, eps, dtype) -> tuple[
 
 def _residual_norm_backward(ctx, saved, grad_total: Grad, grad: Grad, again: bool) -> tuple[tuple[Grad, ...], Grad]:
     """Gradients of x, branch and the normalisation's parameters; and what it made again."""
-    total, mean, inv_std = saved
+    total, mean, inv_std = (tensor.contiguous() for tensor in saved)
     of_norm, normalised, grad_x = (None, None), None, grad_total
     if grad is not None:
         weight, bias = ctx.norm_weight, ctx.norm_bias
