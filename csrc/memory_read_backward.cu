@@ -44,13 +44,15 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared);
   if (error != cudaSuccess) return error;
   CUtensorMap grad{}, query{}, key{}, value{};
-  const auto map = [&params](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
-    return make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
+  const auto map = [&](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
+    if (error == cudaSuccess) {
+      error = make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
+    }
   };
-  error = map(&grad, params.grad_output, params.L, Traits::kTokens);
-  if (error == cudaSuccess) error = map(&query, params.query, params.L, Traits::kTokens);
-  if (error == cudaSuccess) error = map(&key, params.key, params.M, Traits::kSlots);
-  if (error == cudaSuccess) error = map(&value, params.value, params.M, Traits::kSlots);
+  map(&grad, params.grad_output, params.L, Traits::kTokens);
+  map(&query, params.query, params.L, Traits::kTokens);
+  map(&key, params.key, params.M, Traits::kSlots);
+  map(&value, params.value, params.M, Traits::kSlots);
   if (error != cudaSuccess) return error;
 
   const int64_t chunks = ceil_div(params.L, params.chunk), parts = heads * chunks;

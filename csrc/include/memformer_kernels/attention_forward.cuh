@@ -403,7 +403,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
       sums.total[r] += __shfl_xor_sync(0xffffffffu, sums.total[r], 1);
       sums.total[r] += __shfl_xor_sync(0xffffffffu, sums.total[r], 2);
     }
-    const int row = group * kGroupRows + fresh(threadIdx.x) / kWarpSize % 4 * 16;  // of the tile, the warp's first
+    const int row = group * kGroupRows + fresh(threadIdx.x) / kWarpSize % 4 * kWarpRows;  // of the tile, the warp's first
     const bool has_own = Traits::kOwn && at.chunk == 0;
     if (has_own) barrier_wait(shared.own_full(), own.parity);
     Op::template store<T>(params, maps, at, row, sums, out, shared);

@@ -324,7 +324,7 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t p
 // begin at `target`. word(i, r): elements i and i + 1 of the product, which are in the upper rows, r = 0, or the lower.
 template <typename Word>
 __device__ __forceinline__ void store_blocks(uint32_t target, int blocks, const Word& word) {
-  const int lane = fresh(threadIdx.x) % 32, row = lane % kWarpRows;
+  const int lane = fresh(threadIdx.x) % kWarpSize, row = lane % kWarpRows;
 #pragma unroll
   for (int block = 0; block < kPanelRowBytes / 16; block += 2) {
     if (block >= blocks) break;
