@@ -37,7 +37,9 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
     const int64_t row_blocks = ceil_div<int64_t>(heads * tiles * Traits::kTokens, kRows);
     if (row_blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
     const auto statistics = memory_read_backward_statistics_kernel<T, Traits::kWidth>;
-    statistics<<<static_cast<unsigned>(row_blocks), kThreads, 0, params.stream>>>(params, tiles);
+    const unsigned blocks = static_cast<unsigned>(row_blocks);
+    const cudaError_t error = launch_overlapping(statistics, blocks, kThreads, 0, params.stream, params, tiles);
+    if (error != cudaSuccess) return error;
   }
 
   const auto kernel = memory_read_backward_kernel<Traits>;
@@ -60,11 +62,11 @@ cudaError_t launch_kernels(const MemoryReadBackwardParams& params) {
       params.H * params.D > INT32_MAX / Traits::kTokens) {
     return cudaErrorInvalidConfiguration;
   }
-  cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
-  cluster.val.clusterDim = {Traits::kBlocks, 1, 1};
+  cudaLaunchAttribute attributes[2] = {{.id = cudaLaunchAttributeClusterDimension}, overlapping()};
+  attributes[0].val.clusterDim = {Traits::kBlocks, 1, 1};
   cudaLaunchConfig_t config{.gridDim = {Traits::kBlocks}, .blockDim = {Traits::kThreads},
-                            .dynamicSmemBytes = Traits::kShared, .stream = params.stream, .attrs = &cluster,
-                            .numAttrs = 1};
+                            .dynamicSmemBytes = Traits::kShared, .stream = params.stream, .attrs = attributes,
+                            .numAttrs = 2};
   int clusters = 0;
   error = concurrent_clusters<Traits>(kernel, config, &clusters);
   if (error != cudaSuccess) return error;

@@ -33,9 +33,8 @@ cudaError_t launch(const MemoryWriteBackwardParams& params) {
   map(&maps.grad_value, heads_of_rows(params.grad_value, params.L, params.H, params.D), params.L, kWarpRows);
   if (error != cudaSuccess) return error;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(parts, params.multiprocessors));
-  kernel<<<blocks, Traits::kThreads, Traits::kShared, params.stream>>>(
-      params, static_cast<int>(parts), static_cast<int>(chunks), maps);
-  return cudaGetLastError();
+  return launch_overlapping(kernel, blocks, Traits::kThreads, Traits::kShared, params.stream, params,
+                            static_cast<int>(parts), static_cast<int>(chunks), maps);
 }
 
 template <typename T>

@@ -12,6 +12,7 @@ from memformer_kernels.compiling import constant
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)
+OVERLAPPING_CAPABILITY = (9, 0)  # of programmatic dependent launches
 MOST_CHANNELS = 256  # of a head
 EPS_RANGE = (2.0**-126, 2.0**126)  # so that eps and 1 / eps are normal float32 numbers
 SCALE_RANGE = (2.0**-100, 2.0**100)  # so that a logit over it is finite
@@ -75,20 +76,30 @@ def forget_plans() -> None:
         cached.cache_clear()
 
 
+@functools.cache
+def _overlapping(index: int) -> dict[str, bool]:
+    """How a kernel that begins with `wait_for_kernels_before` is compiled and launched on this device."""
+    if index < 0 or torch.cuda.get_device_capability(index) < OVERLAPPING_CAPABILITY:
+        return {"OVERLAPS": False}
+    return {"OVERLAPS": True, "launch_pdl": True}
+
+
 class Launcher:
     """A kernel with everything but its tensors fixed. Calling it with them, or tuples of them, launches it, on their
     device and its current stream.
 
     Triton's own call looks at every argument each time, to find the variant to run. Here the variant is known but for
     one thing, whether the tensors are aligned to 16 bytes: for those that are, it is looked up once.
+
+    Where the GPU can, a kernel is launched while the one before it ends and waits for it at its start, so that the time
+    between them is shorter, also in a CUDA graph: programmatic dependent launch.
     """
 
     def __init__(self, kernel: Callable, programs: int, arguments: tuple, **constants: object):
         """`arguments` follow the tensors; `constants` are the kernel's constexpr parameters and launch options."""
         self.kernel, self.programs, self.arguments, self.constants = kernel, programs, arguments, constants
         self._aligned = None
-        names = getattr(kernel, "arg_names", ())
-        self._all_arguments = (*arguments, *(constants[name] for name in names if name in constants))
+        self._all_arguments = ()
 
     def __call__(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
         first = tensors[0]
@@ -113,8 +124,11 @@ class Launcher:
             if bits % 16 == 0:
                 self._aligned(*pointers, *self._all_arguments, stream=torch._C._cuda_getCurrentRawStream(index))
                 return
-        compiled = self.kernel[(self.programs,)](*tensors, *self.arguments, **self.constants)
+        names = getattr(self.kernel, "arg_names", ())
+        constants = self.constants | (_overlapping(index) if "OVERLAPS" in names else {})
+        compiled = self.kernel[(self.programs,)](*tensors, *self.arguments, **constants)
         if index >= 0 and all(t.data_ptr() % 16 == 0 for t in _flat(tensors)):
+            self._all_arguments = (*self.arguments, *(constants[name] for name in names if name in constants))
             self._aligned = compiled[(self.programs, 1, 1)]
 
 

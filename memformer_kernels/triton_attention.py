@@ -12,7 +12,7 @@ products a tile instead of five, but no sum over memory, no atomics, and a progr
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, store_tile
+from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, store_tile, wait_for_kernels_before
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "H", "chunk", "part_rows"])
@@ -47,7 +47,9 @@ def attention_backward_rows_kernel(
     ALL_KEYS: tl.constexpr,  # keys is a multiple of BLOCK_KEYS and there is no mask
     PRECISION: tl.constexpr,
     num_stages: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     tiles = tl.cdiv(rows, BLOCK_ROWS)
     chunks = tl.cdiv(keys, chunk)
     row = tl.program_id(0) % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -130,7 +132,9 @@ def attention_backward_keys_kernel(
     ALL_KEYS: tl.constexpr,  # keys is a multiple of BLOCK_KEYS and there is no mask
     PRECISION: tl.constexpr,
     num_stages: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     tiles = tl.cdiv(keys, BLOCK_KEYS)
     chunks = tl.cdiv(rows, chunk)
     key_rows = tl.program_id(0) % tiles * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)

@@ -6,8 +6,16 @@ is then exactly exp2(0) = 1, however large the logits are. `scale` is that of th
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def wait_for_kernels_before(OVERLAPS: tl.constexpr):
+    """How a kernel begins that may be launched while the one before it ends: nothing is read or written sooner."""
+    if OVERLAPS:
+        gdc_wait()
 
 
 @triton.jit
@@ -116,8 +124,9 @@ def normalise_backward(grad, z, inv_norm, inv_eps):
 
 
 @triton.jit
-def sum_partials_kernel(partial, target, parts, size, BLOCK: tl.constexpr):
+def sum_partials_kernel(partial, target, parts, size, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     """target[i] = sum over p of partial[p, i], always in the same order."""
+    wait_for_kernels_before(OVERLAPS)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = offsets < size
     total = tl.zeros([BLOCK], tl.float32)

@@ -29,6 +29,7 @@ from memformer_kernels.ops.memory_forget import triton as forget
 from memformer_kernels.ops.memory_read import triton as read
 from memformer_kernels.ops.memory_write import triton as write
 
+MEMORY = re.compile(r"\b(ld|st|atom|red|cp|prefetch)\.(global|async)")  # what looks at global memory
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1", torch.int64: "i64"}
 
@@ -38,7 +39,7 @@ def recorded(architecture, call):
     launches = []
     was = launch.Launcher.__call__, tiles.architecture
     launch.Launcher.__call__ = lambda self, *tensors: launches.append(
-        (self.kernel, (*tensors, *self.arguments), self.constants)
+        (self.kernel, (*tensors, *self.arguments), self.constants | {"OVERLAPS": architecture >= 90})
     )
     tiles.architecture = lambda device: architecture
     launch.forget_plans()
@@ -103,6 +104,8 @@ def facts(kernel, arguments, constants, architecture):
         "wgmma": "wgmma.mma_async" in ptx,
         "mma": "mma.sync" in ptx or "tcgen05.mma" in ptx,
         "tf32": "tf32" in ptx,
+        "waits": "griddepcontrol.wait" in ptx,
+        "waits_first": not MEMORY.search(ptx.partition("griddepcontrol.wait")[0]),
         "constants": constants,
     }
 

@@ -71,6 +71,13 @@ def test_slots_in_shared_memory_are_for_hopper_alone(kernels):
     assert all(row["dtype"] == "bfloat16" for row in hopper)
 
 
+def test_a_kernel_waits_for_those_before_it_and_looks_at_memory_afterwards(kernels):
+    """Where it is launched while they end, which is from Hopper on, but for Gluon's."""
+    for row in kernels:
+        waits = row["architecture"] >= 90 and row["kernel"] != "_memory_read_forward_hopper_kernel"
+        assert row["waits"] == waits and (row["waits_first"] or not waits), row
+
+
 def test_shared_and_tensor_memory_fit(kernels):
     for row in kernels:
         assert row["shared"] <= SHARED_MEMORY[row["architecture"]] * 1024, row

@@ -493,6 +493,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char dynamic[];
   const AttentionShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&maps.query, &maps.key, &maps.value}) prefetch_map(map);
     constexpr int kReaders = Traits::kGroups * kGroupThreads / kWarpSize;
     for (int i = 0; i < 2; ++i) {
       barrier_init(shared.query_full(i), 1);
@@ -516,6 +517,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     fence_barrier_init();
   }
   __syncthreads();
+  wait_for_kernels_before();
   const AttentionTiles block_tiles = attention_tiles<Traits, Op>(params, tiles);
   const int group = threadIdx.x / kGroupThreads;
   if (group == 0) {
@@ -559,9 +561,8 @@ cudaError_t launch_attention_forward(const typename Op::Params& params, int64_t 
     return cudaErrorInvalidConfiguration;
   }
   const unsigned blocks = static_cast<unsigned>(tiles < params.multiprocessors ? tiles : params.multiprocessors);
-  kernel<<<blocks, Traits::kThreads, Traits::kShared, params.stream>>>(  //
-      params, maps, static_cast<int>(tiles));
-  return cudaGetLastError();
+  return launch_overlapping(kernel, blocks, Traits::kThreads, Traits::kShared, params.stream, params, maps,
+                            static_cast<int>(tiles));
 }
 
 }  // namespace memformer_kernels

@@ -21,6 +21,33 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// -- Kernels that start while the one before them ends ----------------------------------------------------------------
+
+// Waits until the kernels before this one have ended and what they wrote can be read: PTX's griddepcontrol. What stands
+// before it overlaps them, and may not look at global memory but at maps of tensors. Letting the next kernel start before
+// the end of this one is slower: its blocks then crowd on the multiprocessors that are free first.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// How a kernel is launched that calls `wait_for_kernels_before` in every thread.
+inline cudaLaunchAttribute overlapping() {
+  cudaLaunchAttribute attribute{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), unsigned blocks, int threads, int shared_bytes,
+                               cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute = overlapping();
+  const cudaLaunchConfig_t config{.gridDim = {blocks}, .blockDim = {static_cast<unsigned>(threads)},
+                                  .dynamicSmemBytes = static_cast<size_t>(shared_bytes), .stream = stream,
+                                  .attrs = &attribute, .numAttrs = 1};
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // -- Barriers in shared memory ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
@@ -76,6 +103,11 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 }
 
 // -- Tiles from global to shared memory ------------------------------------------------------------------------------
+
+// Fetches what a copy looks up of its tensor.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 
 // Box at (channel, row, head, batch); what lies outside the tensor arrives as 0.
 __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier, int channel,

@@ -522,6 +522,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char dynamic[];
   const ReadBackwardShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&grad_map, &query_map, &key_map, &value_map}) prefetch_map(map);
     init_slot_barriers<Traits>(shared, Traits::kAlone ? 2 : 1, kWarpSize);
     for (int i = 0; i < Traits::kParts; ++i) {
       barrier_init(shared.parts_full(i), 1);
@@ -533,6 +534,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   }
   __syncthreads();
+  wait_for_kernels_before();
   cluster_sync();
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);
   if (group == 0) {
@@ -556,6 +558,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 template <typename T, int kWidth>
 __global__ void memory_read_backward_statistics_kernel(const __grid_constant__ MemoryReadBackwardParams params,
                                                        int64_t tiles) {
+  wait_for_kernels_before();
   constexpr int kLanes = kWidth / Vector<T>::kSize, kTokens = kMemoryReadBackwardTokens;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
   const int64_t heads = row / (tiles * kTokens), token = row % (tiles * kTokens);

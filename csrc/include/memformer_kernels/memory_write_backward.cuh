@@ -355,10 +355,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char dynamic[];
   const WriteBackwardShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&maps.query, &maps.du, &maps.key, &maps.value}) prefetch_map(map);
     init_slot_barriers<Traits>(shared, 2, 1);
     fence_barrier_init();
   }
   __syncthreads();
+  wait_for_kernels_before();
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);
   if (group == 0) {
     give_registers<Traits::kCopyRegisters>();

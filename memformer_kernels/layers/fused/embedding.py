@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memformer_kernels import launch
 from memformer_kernels.layers.fused.triton import row_tile
+from memformer_kernels.triton_helpers import wait_for_kernels_before
 
 
 @triton.jit(do_not_specialize=["rows", "vocabulary"], debug=True)  # so that it looks at its assertion
@@ -21,7 +22,9 @@ def _embed_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = tl.load(tokens + row, mask=row < rows, other=0)
     known = (token >= 0) & (token < vocabulary)
@@ -35,7 +38,8 @@ def _embed_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "vocabulary"])
-def _one_hot_kernel(tokens, hot, rows, vocabulary, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _one_hot_kernel(tokens, hot, rows, vocabulary, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_kernels_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = tl.load(tokens + row, mask=row < rows, other=-1)
     words = tl.arange(0, BLOCK)[None, :]

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memformer_kernels import launch, tiles
+from memformer_kernels.triton_helpers import wait_for_kernels_before
 
 MOST_WORK = 2**32  # multiplications of a product, which with more fills the GPU alone
 MOST_ROWS = 4096  # of a column sum, likewise
@@ -43,7 +44,9 @@ def _grouped_products_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     program = tl.program_id(0)
     grad, x, total = grads[0].to(tl.int64), inputs[0].to(tl.int64), totals[0].to(tl.int64)
     N, K, first = program * 0 + SIZES[0][0], program * 0 + SIZES[0][1], program * 0
@@ -84,7 +87,9 @@ def _grouped_column_sums_kernel(
     SIZES: tl.constexpr,  # of each problem C, the stride of its rows and the number of its first program
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     program = tl.program_id(0)
     x, total = terms[0].to(tl.int64), totals[0].to(tl.int64)
     C, stride, first = program * 0 + SIZES[0][0], program * 0 + SIZES[0][1], program * 0

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memformer_kernels import launch
-from memformer_kernels.triton_helpers import LOG2_E, load_tile, store_tile
+from memformer_kernels.triton_helpers import LOG2_E, load_tile, store_tile, wait_for_kernels_before
 
 MOST_TOKENS = 128  # of a segment in one tile
 MOST_CHANNELS = 64  # of a head: wider ones fill the shared memory of smaller GPUs
@@ -43,7 +43,9 @@ def _segment_attention_forward_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     CAUSAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     parts: tl.constexpr = BLOCK_L // BLOCK_Q
     head = tl.program_id(0) // parts
     row = 3 * H * D
@@ -72,7 +74,9 @@ def _segment_attention_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_L: tl.constexpr,
     CAUSAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     head = tl.program_id(0)
     row = 3 * H * D
     projected += (head // H).to(tl.int64) * L * row + head % H * D

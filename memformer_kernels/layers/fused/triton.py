@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memformer_kernels import launch
+from memformer_kernels.triton_helpers import wait_for_kernels_before
 
 MOST_CHANNELS = 8192  # of a row in registers
 MOST_PARTS = 1024  # terms of the sum over programs
@@ -42,7 +43,9 @@ def _residual_norm_forward_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (channels < C)[None, :]
@@ -83,7 +86,9 @@ def _residual_norm_backward_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     channels = tl.arange(0, BLOCK_C)
     w = tl.load(weight + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
     if bias is not None and normalised is not None:
@@ -135,7 +140,8 @@ def _normal(h, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _gelu_forward_kernel(hidden, activated, size, EXACT: tl.constexpr, ELEMENTS: tl.constexpr):
+def _gelu_forward_kernel(hidden, activated, size, EXACT: tl.constexpr, ELEMENTS: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_kernels_before(OVERLAPS)
     places = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = places < size
     h = tl.load(hidden + places, mask=inside, other=0.0).to(tl.float32)
@@ -152,7 +158,9 @@ def _gelu_backward_kernel(
     size,
     EXACT: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     places = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = places < size
     h = tl.load(hidden + places, mask=inside, other=0.0).to(tl.float32)
@@ -176,7 +184,9 @@ def _column_sums_kernel(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     number = (tl.program_id(0) // blocks).to(tl.int64)

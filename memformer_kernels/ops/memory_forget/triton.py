@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memformer_kernels import launch, tiles
 from memformer_kernels.partials import sum_partials
-from memformer_kernels.triton_helpers import normalise, normalise_backward
+from memformer_kernels.triton_helpers import normalise, normalise_backward, wait_for_kernels_before
 
 MOST_CHANNELS = 32768  # of a row in registers, at 1024 threads
 
@@ -31,7 +31,9 @@ def _memory_forget_forward_kernel(
     M,
     C,
     BLOCK_C: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     row = tl.program_id(0)
     batch = (row // M).to(tl.int64)
     slot = (row % M).to(tl.int64)
@@ -62,7 +64,9 @@ def _memory_forget_backward_kernel(
     C,
     group,  # batch rows of one program
     BLOCK_C: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     slot = (tl.program_id(0) % M).to(tl.int64)
     part = tl.program_id(0) // M
     channels = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)

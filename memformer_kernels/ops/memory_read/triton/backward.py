@@ -11,7 +11,7 @@ two kernels of `triton_attention`, with delta = rowsum(p * dp) = rowdot(grad, ou
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, store_tile
+from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, store_tile, wait_for_kernels_before
 
 
 @triton.jit(do_not_specialize=["L", "M", "H", "chunk", "part_rows"])
@@ -44,7 +44,9 @@ def _memory_read_backward_resident_kernel(
     WIDE: tl.constexpr,  # gradients of the slots are kept as [D, M]: D fills the matrix units better than M
     PRECISION: tl.constexpr,
     num_stages: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     chunks = tl.cdiv(L, chunk)
     part = tl.program_id(0) % chunks
     head = tl.program_id(0) // chunks % H

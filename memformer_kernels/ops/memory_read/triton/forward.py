@@ -9,7 +9,7 @@ tiles of slots with the online softmax, and the log-sum-exp, over the scale, is 
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import at_head, attend, load_mask, load_tile, store_tile
+from memformer_kernels.triton_helpers import at_head, attend, load_mask, load_tile, store_tile, wait_for_kernels_before
 
 
 @triton.jit(do_not_specialize=["L", "M", "H", "chunk"])
@@ -36,7 +36,9 @@ def _memory_read_forward_resident_kernel(
     ALL_SLOTS: tl.constexpr,  # M == BLOCK_M and no mask
     PRECISION: tl.constexpr,
     num_stages: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     chunks = tl.cdiv(L, chunk)
     begin = tl.program_id(0) % chunks * chunk
     head = tl.program_id(0) // chunks % H
@@ -102,7 +104,9 @@ def _memory_read_forward_kernel(
     ALL_SLOTS: tl.constexpr,  # M is a multiple of BLOCK_M and there is no mask
     PRECISION: tl.constexpr,
     num_stages: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     tiles = tl.cdiv(L, BLOCK_L)
     tokens = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
     head = tl.program_id(0) // tiles % H

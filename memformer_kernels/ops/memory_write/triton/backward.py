@@ -13,7 +13,14 @@ fit one tile take the two kernels of `triton_attention` instead.
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import at_head, load_mask, load_tile, normalise_backward, store_tile
+from memformer_kernels.triton_helpers import (
+    at_head,
+    load_mask,
+    load_tile,
+    normalise_backward,
+    store_tile,
+    wait_for_kernels_before,
+)
 
 
 @triton.jit(do_not_specialize=["B", "M", "H", "group", "part_stride"])
@@ -46,7 +53,9 @@ def _memory_write_backward_rows_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     slot = tl.program_id(0) % M
     part = tl.program_id(0) // M
     heads = tl.arange(0, BLOCK_H)
@@ -128,7 +137,9 @@ def _memory_write_backward_resident_kernel(
     ONE_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     num_stages: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     parts = tl.cdiv(L, chunk * at_once)
     part = tl.program_id(0) % parts
     head = tl.program_id(0) // parts % H
@@ -221,9 +232,11 @@ def _memory_write_backward_query_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """The gradient of the query from its parts, groups of them first, always in the same order. One program a slot, all
     its heads."""
+    wait_for_kernels_before(OVERLAPS)
     row = tl.program_id(0)
     slot = (row % M).to(tl.int64)
     batch = (row // M).to(tl.int64)

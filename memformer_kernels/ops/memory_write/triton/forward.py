@@ -12,7 +12,16 @@ Chunks and groups depend on L alone: a row of the batch has the same bits in any
 import triton
 import triton.language as tl
 
-from memformer_kernels.triton_helpers import at_head, attend, load_mask, load_tile, merge, normalise, store_tile
+from memformer_kernels.triton_helpers import (
+    at_head,
+    attend,
+    load_mask,
+    load_tile,
+    merge,
+    normalise,
+    store_tile,
+    wait_for_kernels_before,
+)
 
 
 @triton.jit
@@ -59,7 +68,9 @@ def _memory_write_forward_attend_kernel(
     GROUPED: tl.constexpr,  # a program may take several chunks
     PRECISION: tl.constexpr,
     num_stages: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_kernels_before(OVERLAPS)
     tiles = tl.cdiv(M, BLOCK_M)
     parts = max(tl.cdiv(L, chunk * at_once), 1)
     rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,8 +170,10 @@ def _memory_write_forward_combine_kernel(
     ONE_PART: tl.constexpr,
     GROUPED: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program a slot, all its heads."""
+    wait_for_kernels_before(OVERLAPS)
     row = tl.program_id(0)
     slot = row % M
     heads = tl.arange(0, BLOCK_H)
