@@ -58,6 +58,7 @@ struct AttentionMaps {
 // Places in shared memory, as addresses; an index is a place in a ring.
 template <typename Traits>
 struct AttentionShared {
+  static constexpr bool kMasked = Traits::kMasked;
   static constexpr int kPanels = Traits::kPanels, kQueryPanel = Traits::kQueryPanel;
   uint32_t base;
   __device__ uint32_t query(int i) const { return base + i * Traits::kQueryTile; }
@@ -94,20 +95,33 @@ struct AttentionTile {
   int chunk, first_key, keys, key_tiles;  // that its sums are over
 };
 
+// Of all blocks.
+struct AttentionWork {
+  int tiles;
+  int last_chunk, last_keys;  // its first tile, and its keys, which may be fewer than the others'
+  Divisor row_tiles, heads, batches;
+};
+
+// Keys that a tile's sums are over.
+template <typename Op>
+__device__ __forceinline__ int attention_keys(const typename Op::Params& params, const AttentionWork& work, int tile) {
+  if constexpr (Op::kChunks) return tile < work.last_chunk ? static_cast<int>(params.chunk) : work.last_keys;
+  return static_cast<int>(Op::keys(params));
+}
+
 // Tiles of a head's rows follow one another, then heads, then chunks of the keys.
 template <typename Traits, typename Op>
-__device__ __forceinline__ AttentionTile attention_tile(const typename Op::Params& params, int tile) {
-  const int row_tiles = static_cast<int>(ceil_div<int64_t>(Op::rows(params), Traits::kRows));
-  const int H = static_cast<int>(params.H), row = tile % row_tiles * Traits::kRows;
-  int head = tile / row_tiles, chunk = 0, first_key = 0, keys = static_cast<int>(Op::keys(params));
+__device__ __forceinline__ AttentionTile attention_tile(const typename Op::Params& params, const AttentionWork& work,
+                                                        int tile) {
+  const int keys = attention_keys<Op>(params, work, tile);
+  const int row = work.row_tiles.split(tile) * Traits::kRows, head = work.heads.split(tile);
+  int batch = tile, chunk = 0, first_key = 0;
   if constexpr (Op::kChunks) {
-    const int heads = static_cast<int>(params.B) * H, size = static_cast<int>(params.chunk);
-    chunk = head / heads;
-    head %= heads;
-    first_key = chunk * size;
-    keys = keys - first_key < size ? keys - first_key : size;
+    batch = work.batches.split(tile);
+    chunk = tile;
+    first_key = chunk * static_cast<int>(params.chunk);
   }
-  return {head / H, head % H, row, chunk, first_key, keys, ceil_div(keys, Traits::kKeys)};
+  return {batch, head, row, chunk, first_key, keys, ceil_div(keys, Traits::kKeys)};
 }
 
 // The tiles of a block. Where all keys of a head are held in shared memory they follow one another; else blocks are at
@@ -118,21 +132,22 @@ struct AttentionTiles {
 };
 
 template <typename Traits, typename Op>
-__device__ __forceinline__ AttentionTiles attention_tiles(const typename Op::Params& params, int tiles) {
-  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-  if (!Traits::kHolds || attention_tile<Traits, Op>(params, 0).key_tiles > Traits::kStages) {
-    return {block, tiles, blocks, false};
+__device__ __forceinline__ AttentionTiles attention_tiles(const typename Op::Params& params,
+                                                          const AttentionWork& work) {
+  const int block = fresh(static_cast<int>(blockIdx.x)), blocks = static_cast<int>(gridDim.x);
+  if (!Traits::kHolds || attention_tile<Traits, Op>(params, work, 0).key_tiles > Traits::kStages) {
+    return {block, work.tiles, blocks, false};
   }
-  const auto begin = [&](int64_t i) { return static_cast<int>(i * tiles / blocks); };
+  const auto begin = [&](int64_t i) { return static_cast<int>(i * work.tiles / blocks); };
   return {begin(block), begin(block + 1), 1, true};
 }
 
 // Whether the keys of the tile before it are this one's.
 template <typename Traits, typename Op>
-__device__ __forceinline__ bool attention_keeps_keys(const typename Op::Params& params, const AttentionTiles& tiles,
-                                                     int tile) {
+__device__ __forceinline__ bool attention_keeps_keys(const typename Op::Params& params, const AttentionWork& work,
+                                                     const AttentionTiles& tiles, int tile) {
   return Traits::kHolds && tiles.held && tile > tiles.first && tile < tiles.end &&
-         attention_tile<Traits, Op>(params, tile).row > 0;
+         attention_tile<Traits, Op>(params, work, tile).row > 0;
 }
 
 // Rows from `first` on of the tile's head; `full` then says that they are there.
@@ -148,16 +163,17 @@ __device__ __forceinline__ void copy_rows(uint32_t target, const CUtensorMap& ma
 
 template <typename Traits, typename Op>
 __device__ __forceinline__ void attention_copy(const typename Op::Params& params, const AttentionMaps& maps,
-                                               AttentionShared<Traits> shared, const AttentionTiles& tiles) {
+                                               const AttentionWork& work, AttentionShared<Traits> shared) {
+  const AttentionTiles tiles = attention_tiles<Traits, Op>(params, work);
   Ring<2> queries;
   Ring<Traits::kStages> keys;
 #pragma unroll 1
   for (int tile = tiles.first; tile < tiles.end; tile += tiles.step, queries.next()) {
-    const AttentionTile at = attention_tile<Traits, Op>(params, tile);
+    const AttentionTile at = attention_tile<Traits, Op>(params, work, tile);
     const int query = queries.place;
     barrier_wait(shared.query_empty(query), queries.parity ^ 1);
     copy_rows<Traits, Traits::kQueryPanel>(shared.query(query), maps.query, shared.query_full(query), at.row, at);
-    if (attention_keeps_keys<Traits, Op>(params, tiles, tile)) continue;
+    if (attention_keeps_keys<Traits, Op>(params, work, tiles, tile)) continue;
 #pragma unroll 1
     for (int i = at.key_tiles - 1; i >= 0; --i, keys.next()) {
       const int place = keys.place, first = at.first_key + i * Traits::kKeys;
@@ -173,13 +189,13 @@ __device__ __forceinline__ void attention_copy(const typename Op::Params& params
 // copies of their values in the place of the keys.
 template <typename Traits, typename Op>
 __device__ __forceinline__ void attention_own(const typename Op::Params& params, const AttentionMaps& maps,
-                                              AttentionShared<Traits> shared, const AttentionTiles& tiles,
-                                              int thread) {
+                                              const AttentionWork& work, AttentionShared<Traits> shared, int thread) {
+  const AttentionTiles tiles = attention_tiles<Traits, Op>(params, work);
   Ring<2> queries;
   Ring<1> own;
 #pragma unroll 1
   for (int tile = tiles.first; tile < tiles.end; tile += tiles.step, queries.next()) {
-    const AttentionTile at = attention_tile<Traits, Op>(params, tile);
+    const AttentionTile at = attention_tile<Traits, Op>(params, work, tile);
     const uint32_t query = shared.query(queries.place), query_full = shared.query_full(queries.place);
     if (at.chunk > 0) {
       barrier_wait(query_full, queries.parity);
@@ -209,16 +225,17 @@ __device__ __forceinline__ void attention_own(const typename Op::Params& params,
 // With a mask, by one warp: says which keys of a tile are visible, and clears the values of the others, which, even
 // NaN, must not reach the product with their weights of 0.
 template <typename Traits, typename Op>
-__device__ __forceinline__ void attention_mask(const typename Op::Params& params, AttentionShared<Traits> shared,
-                                               const AttentionTiles& tiles) {
+__device__ __forceinline__ void attention_mask(const typename Op::Params& params, const AttentionWork& work,
+                                               AttentionShared<Traits> shared) {
+  const AttentionTiles tiles = attention_tiles<Traits, Op>(params, work);
   constexpr int kWords = Traits::kKeys / kWarpSize;
   constexpr int kRowVectors = kPanelRowBytes / 16, kRowsAtOnce = kWarpSize / kRowVectors;
   const int lane = threadIdx.x % kWarpSize;
   Ring<Traits::kStages> values;
 #pragma unroll 1
   for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
-    if (attention_keeps_keys<Traits, Op>(params, tiles, tile)) continue;
-    const AttentionTile at = attention_tile<Traits, Op>(params, tile);
+    if (attention_keeps_keys<Traits, Op>(params, work, tiles, tile)) continue;
+    const AttentionTile at = attention_tile<Traits, Op>(params, work, tile);
     const int64_t stride = Op::mask(params).stride[1];
     const uint8_t* mask = Op::mask(params).data + at.batch * Op::mask(params).stride[0] + at.first_key * stride;
 #pragma unroll 1
@@ -276,13 +293,13 @@ constexpr float kNearLogits = 128.0f;  // scaled, in base 2
 
 template <typename Traits, typename Op>
 __device__ __forceinline__ void attention_compute(const typename Op::Params& params, const AttentionMaps& maps,
-                                                  AttentionShared<Traits> shared, const AttentionTiles& tiles,
+                                                  const AttentionWork& work, AttentionShared<Traits> shared,
                                                   int group) {
   using T = typename Traits::T;
+  const AttentionTiles tiles = attention_tiles<Traits, Op>(params, work);
   constexpr int kKeys = Traits::kKeys, kWidth = Traits::kWidth;
   constexpr int kKeySteps = kKeys / 16, kWidthSteps = kWidth / 16;
-  const int lane = threadIdx.x % kWarpSize;
-  const bool elected = lane == 0;
+  const bool elected = threadIdx.x % kWarpSize == 0;
   const float log2_scale = params.log2_scale;
 
   float s[kKeys / 2];     // logits, then weights; thread's rows are lane / 4 and that + 8 of its warp's 16
@@ -294,7 +311,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
   Ring<Traits::kStages> keys, values;
   Ring<1> own;
   int tile = tiles.first;
-  bool keeps = attention_keeps_keys<Traits, Op>(params, tiles, tile + 1);  // the keys that logits are taken of
+  bool keeps = attention_keeps_keys<Traits, Op>(params, work, tiles, tile + 1);  // the keys that logits are taken of
 
   const auto issue_logits = [&] {
     const uint64_t a = tile_descriptor(shared.query(queries.place) + group * kGroupRows * kPanelRowBytes, 0);
@@ -312,8 +329,8 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
     for (int k = 0; k < kKeySteps; ++k) product<T, kAcrossSum>(out, p + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
   };
   // Logits of one tile of keys into weights relative to the new maximum; what the sums so far shrink by.
-  const auto softmax = [&](int key_tile, const AttentionTile& at, bool first, float(&shrink)[2]) {
-    bool masked = first && at.keys % kKeys != 0;  // the last keys come first
+  const auto softmax = [&](int key_tile, int all_keys, bool first, float(&shrink)[2]) {
+    bool masked = first && all_keys % kKeys != 0;  // the last keys come first
     [[maybe_unused]] uint32_t visible[kKeys / kWarpSize];
     if (first) {
       sums.top[0] = sums.top[1] = Traits::kMasked ? -INFINITY : kLeastLogit;
@@ -338,12 +355,13 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
       masked = __any_sync(0xffffffffu, masked);
     }
     if (masked) {
+      const int first_column = fresh(threadIdx.x) % 4 * 2;  // not kept, as registers are few
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 4) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int column = lane % 4 * 2 + j;
-          bool keep = i * 2 + column < at.keys - key_tile * kKeys;
+          const int column = first_column + j;
+          bool keep = i * 2 + column < all_keys - key_tile * kKeys;
           if constexpr (Traits::kMasked) keep = visible[i / 16] >> (i / 4 % 4 * 8 + column) & 1;
           if (!keep) s[i + j] = s[i + j + 2] = -INFINITY;
         }
@@ -403,7 +421,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
       sums.total[r] += __shfl_xor_sync(0xffffffffu, sums.total[r], 1);
       sums.total[r] += __shfl_xor_sync(0xffffffffu, sums.total[r], 2);
     }
-    const int row = group * kGroupRows + fresh(threadIdx.x) / kWarpSize % 4 * kWarpRows;  // of the tile, the warp's first
+    const int row = group * kGroupRows + fresh(threadIdx.x) / kWarpSize % 4 * kWarpRows;  // the warp's first
     const bool has_own = Traits::kOwn && at.chunk == 0;
     if (has_own) barrier_wait(shared.own_full(), own.parity);
     Op::template store<T>(params, maps, at, row, sums, out, shared);
@@ -425,11 +443,10 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
   product_commit();
   product_wait<0>();
   pin(s);
-  AttentionTile at = attention_tile<Traits, Op>(params, tile);
-  int key_tile = at.key_tiles - 1;  // of p
+  int all_keys = attention_keys<Op>(params, work, tile), key_tile = ceil_div(all_keys, kKeys) - 1;  // of p
   if (elected && !keeps) barrier_arrive(shared.key_empty(0));
-  softmax(key_tile, at, true, shrink);
-  pass(keys, keeps && key_tile == 0, at.key_tiles);
+  softmax(key_tile, all_keys, true, shrink);
+  pass(keys, keeps && key_tile == 0, ceil_div(all_keys, kKeys));
   round_weights();
   if (group == Traits::kGroups - 1) named_barrier_arrive(1, 2 * kGroupThreads);  // the first turn is group 0's
 
@@ -450,32 +467,32 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
     issue_logits();  // past the end, of what happens to lie there
     product_commit();
     barrier_wait(shared.value_full(values.place), values.parity);
-    issue_output(key_tile + 1 < at.key_tiles);
+    issue_output((key_tile + 1) * kKeys < all_keys);
     product_commit();
     named_barrier_arrive(1 + (group + 1) % Traits::kGroups, 2 * kGroupThreads);
     AttentionSums done = sums;
     if (last) {
-      keeps = attention_keeps_keys<Traits, Op>(params, tiles, next_tile + 1);
-      at = attention_tile<Traits, Op>(params, fresh(next_tile));  // not kept, as registers are few
+      keeps = attention_keeps_keys<Traits, Op>(params, work, tiles, next_tile + 1);
+      all_keys = attention_keys<Op>(params, work, next_tile);
     }
-    key_tile = last ? at.key_tiles - 1 : key_tile - 1;
+    key_tile = last ? ceil_div(all_keys, kKeys) - 1 : key_tile - 1;
     product_wait<1>();
     pin(s);
     if (more) {
       if (elected && !keeps) barrier_arrive(shared.key_empty(keys.place));
-      softmax(key_tile, at, last, shrink);
-      pass(keys, keeps && key_tile == 0, at.key_tiles);
+      softmax(key_tile, all_keys, last, shrink);
+      pass(keys, keeps && key_tile == 0, ceil_div(all_keys, kKeys));
     }
     pin(s);
-    if (at.keys > 0) product_wait<0>();  // always: without a branch, ptxas moves the wait up before the softmax
+    if (all_keys > 0) product_wait<0>();  // always: without a branch, ptxas moves the wait up before the softmax
     product_wait<0>();
     pin(out);
     pin(s);
     if (elected && !keeps_values) barrier_arrive(shared.value_empty(values.place));
-    pass(values, keeps_values && last, at.key_tiles);
+    pass(values, keeps_values && last, ceil_div(all_keys, kKeys));
     round_weights();
     if (last) {
-      store(attention_tile<Traits, Op>(params, fresh(tile)), done);
+      store(attention_tile<Traits, Op>(params, work, tile), done);
       if (!more) break;
       tile = next_tile;
     } else {
@@ -488,7 +505,8 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
 template <typename Traits, typename Op>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     attention_forward_kernel(const __grid_constant__ typename Op::Params params,
-                             const __grid_constant__ AttentionMaps maps, int tiles) {
+                             const __grid_constant__ AttentionMaps maps,
+                             const __grid_constant__ AttentionWork work) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char dynamic[];
   const AttentionShared<Traits> shared{(shared_address(dynamic) + 1023) / 1024 * 1024};
@@ -518,23 +536,22 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   __syncthreads();
   wait_for_kernels_before();
-  const AttentionTiles block_tiles = attention_tiles<Traits, Op>(params, tiles);
   const int group = threadIdx.x / kGroupThreads;
   if (group == 0) {
     give_registers<Traits::kCopyRegisters>();
     if (threadIdx.x == 0) {
-      attention_copy<Traits, Op>(params, maps, shared, block_tiles);
+      attention_copy<Traits, Op>(params, maps, work, shared);
     }
     if constexpr (Traits::kMasked) {
-      if (threadIdx.x / kWarpSize == 1) attention_mask<Traits, Op>(params, shared, block_tiles);
+      if (threadIdx.x / kWarpSize == 1) attention_mask<Traits, Op>(params, work, shared);
     }
     if constexpr (Traits::kOwn) {
       const int thread = static_cast<int>(threadIdx.x) - (kGroupThreads - kOwnThreads);
-      if (thread >= 0) attention_own<Traits, Op>(params, maps, shared, block_tiles, thread);
+      if (thread >= 0) attention_own<Traits, Op>(params, maps, work, shared, thread);
     }
   } else {
     take_registers<Traits::kComputeRegisters>();
-    attention_compute<Traits, Op>(params, maps, shared, block_tiles, group - 1);
+    attention_compute<Traits, Op>(params, maps, work, shared, group - 1);
     if (threadIdx.x % kWarpSize == 0) store_wait<0>();
   }
 #endif
@@ -555,14 +572,25 @@ cudaError_t launch_attention_forward(const typename Op::Params& params, int64_t 
   map(&maps.value, params.value, Op::keys(params), Traits::kKeys);
   Op::template add_maps<Traits>(params, maps, map);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = ceil_div<int64_t>(Op::rows(params), Traits::kRows) * params.B * params.H * chunks;
+  const int64_t row_tiles = ceil_div<int64_t>(Op::rows(params), Traits::kRows);
+  const int64_t tiles = row_tiles * params.B * params.H * chunks;
   if (tiles > INT32_MAX - params.multiprocessors || Op::rows(params) > INT32_MAX - Traits::kRows ||
       Op::keys(params) > INT32_MAX - Traits::kKeys) {
     return cudaErrorInvalidConfiguration;
   }
+  int64_t last_keys = Op::keys(params);
+  if constexpr (Op::kChunks) last_keys -= (chunks - 1) * params.chunk;
+  const AttentionWork work{
+      .tiles = static_cast<int>(tiles),
+      .last_chunk = static_cast<int>(tiles - tiles / chunks),
+      .last_keys = static_cast<int>(last_keys),
+      .row_tiles = Divisor(row_tiles),
+      .heads = Divisor(params.H),
+      .batches = Divisor(params.B),
+  };
   const unsigned blocks = static_cast<unsigned>(tiles < params.multiprocessors ? tiles : params.multiprocessors);
   return launch_overlapping(kernel, blocks, Traits::kThreads, Traits::kShared, params.stream, params, maps,
-                            static_cast<int>(tiles));
+                            work);
 }
 
 }  // namespace memformer_kernels

@@ -24,6 +24,22 @@ __host__ __device__ constexpr Integer ceil_div(Integer numerator, Integer denomi
   return (numerator + denominator - 1) / denominator;
 }
 
+// Divides what is below 2^31 by a number that the host knows, with two products instead of a division. (Granlund and
+// Montgomery, Division by invariant integers using multiplication, 1994)
+struct Divisor {
+  uint32_t number, multiplier, shift;
+  explicit Divisor(int64_t number) : number(static_cast<uint32_t>(number)), shift(0) {
+    while (int64_t{1} << shift < number) ++shift;
+    multiplier = static_cast<uint32_t>(ceil_div(int64_t{1} << (31 + shift), number));
+  }
+  // Leaves the quotient and returns the rest.
+  __device__ __forceinline__ int split(int& value) const {
+    const uint32_t dividend = static_cast<uint32_t>(value), quotient = __umulhi(2 * dividend, multiplier) >> shift;
+    value = static_cast<int>(quotient);
+    return static_cast<int>(dividend - quotient * number);
+  }
+};
+
 // Elements are stored as T and computed in float.
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }

@@ -24,8 +24,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // -- Kernels that start while the one before them ends ----------------------------------------------------------------
 
 // Waits until the kernels before this one have ended and what they wrote can be read: PTX's griddepcontrol. What stands
-// before it overlaps them, and may not look at global memory but at maps of tensors. Letting the next kernel start before
-// the end of this one is slower: its blocks then crowd on the multiprocessors that are free first.
+// before it overlaps them, and may look at no global memory but maps of tensors. Letting the next kernel start before
+// this one's end is slower: its blocks then crowd on the multiprocessors that are free first.
 __device__ __forceinline__ void wait_for_kernels_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -60,54 +60,77 @@ struct MemoryWriteForward {
   __device__ __forceinline__ static void store(const Params& params, const AttentionMaps&, const AttentionTile& at,
                                                int first, const AttentionSums& sums, const float (&out)[kCount],
                                                const Shared& shared) {
-    const int lane = threadIdx.x % 4, channel = 2 * lane;
+    const int lane = fresh(threadIdx.x) % kWarpSize, channel = lane % 4 * 2, row = first + lane / 4;
+    const int step = static_cast<int>(8 * params.H * params.D);  // from a thread's first row to its second
+    TwoRows rows;
+    float shrink[2], own_weight[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first + threadIdx.x % kWarpSize / 4 + 8 * r, slot = at.row + row;
-      if (slot >= params.M) continue;
-      float best = sums.top[r], sum = sums.total[r], shrink = 1.0f, own_weight = 0.0f;
+      const int slot = at.row + row + 8 * r;
+      float best = sums.top[r], total = sums.total[r];
       if (at.chunk == 0) {
-        const float own = load_shared(shared.own_logits() + 4 * row);
+        const float own = load_shared(shared.own_logits() + 4 * (row + 8 * r));
         best = fmaxf(sums.top[r], own);
-        shrink = exp2_fast((sums.top[r] - best) * params.log2_scale);
-        own_weight = exp2_fast((own - best) * params.log2_scale);
-        sum = sum * shrink + own_weight;
+        shrink[r] = exp2_fast((sums.top[r] - best) * params.log2_scale);
+        own_weight[r] = exp2_fast((own - best) * params.log2_scale);
+        total = total * shrink[r] + own_weight[r];
       }
-      if (lane == 0) {
+      rows.inside[r] = slot < params.M;
+      if (lane % 4 == 0 && rows.inside[r]) {
         const int64_t place = ((at.chunk * params.B + at.batch) * params.H + at.head) * params.M + slot;
         params.top[place] = best;
-        params.total[place] = sum;
-      }
-      float* acc = params.acc + (((at.chunk * params.B + at.batch) * params.M + slot) * params.H + at.head) * params.D;
-      float2 own[kCount / 4] = {};  // all of them loaded before a store that they would have to wait for
-      if (at.chunk == 0 && copies_own(params)) {
-        const uint32_t values = shared.own() + row * kPanelRowBytes + 4 * lane;
-        float words[kCount / 4];
-#pragma unroll
-        for (int j = 0; j < kCount / 4; ++j) {
-          words[j] = load_shared(values + j / 8 * Shared::kQueryPanel + (j % 8 ^ row % 8) * 16);
-        }
-#pragma unroll
-        for (int j = 0; j < kCount / 4; ++j) {
-          const uint32_t word = __float_as_uint(words[j]);
-          own[j] = {unpack<T>(word, 0), unpack<T>(word, 1)};
-        }
-      } else if (at.chunk == 0) {
-        const float* values = at_row<float>(params.slots, at, slot) + channel;
-#pragma unroll
-        for (int j = 0; j < kCount / 4; ++j) {
-          if (8 * j + channel < params.D) own[j] = *reinterpret_cast<const float2*>(values + 8 * j);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        if (8 * j + channel >= params.D) break;
-        const float* two = out + 4 * j + 2 * r;
-        // Where nothing was seen, own to the sign of zero, which a sum with 0 loses.
-        store_global(acc + channel + 8 * j, sums.seen(r) ? fmaf(two[0], shrink, own_weight * own[j].x) : own[j].x,
-                     sums.seen(r) ? fmaf(two[1], shrink, own_weight * own[j].y) : own[j].y);
+        params.total[place] = total;
       }
     }
+    const int64_t slot = (at.chunk * params.B + at.batch) * params.M + at.row + row;
+    float* acc = params.acc + (slot * params.H + at.head) * params.D;
+    if (at.chunk > 0) {
+      store_rows(acc, step, rows, out, 1.0f, params.D);
+    } else if (copies_own(params)) {
+      const int own_row = first + lane % kWarpRows;
+      const uint32_t own = shared.own() + own_row * kPanelRowBytes;
+#pragma unroll
+      for (int j = 0; j < kCount / 4; j += 2) {  // blocks of eight channels
+        uint32_t words[4];
+        load_matrices(words, own + j / 8 * Shared::kQueryPanel + ((j % 8 + lane / 16) ^ own_row % 8) * 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int r = i % 2, block = j + i / 2;
+          if (!rows.inside[r] || 8 * block + channel >= params.D) continue;
+          const float2 value{unpack<T>(words[i], 0), unpack<T>(words[i], 1)};
+          store_sum<Shared>(acc + r * step + 8 * block + channel, out + 4 * block + 2 * r, value, sums.seen(r),
+                            shrink[r], own_weight[r]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float* own = at_row<float>(params.slots, at, at.row + row + 8 * r) + channel;
+#pragma unroll
+        for (int j = 0; j < kCount / 4; j += 4) {
+          float2 values[4];  // loaded before a store that they would have to wait for
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const bool inside = rows.inside[r] && 8 * (j + i) + channel < params.D;
+            if (inside) values[i] = *reinterpret_cast<const float2*>(own + 8 * (j + i));
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (!rows.inside[r] || 8 * (j + i) + channel >= params.D) continue;
+            store_sum<Shared>(acc + r * step + 8 * (j + i) + channel, out + 4 * (j + i) + 2 * r, values[i],
+                              sums.seen(r), shrink[r], own_weight[r]);
+          }
+        }
+      }
+    }
+  }
+
+  // Of two channels. Where nothing was seen it is the row's own value to the sign of zero, which a sum with 0 loses.
+  template <typename Shared>
+  __device__ __forceinline__ static void store_sum(float* target, const float* sums, float2 own, bool seen,
+                                                   float shrink, float own_weight) {
+    const float x = fmaf(sums[0], shrink, own_weight * own.x), y = fmaf(sums[1], shrink, own_weight * own.y);
+    store_global(target, !Shared::kMasked || seen ? x : own.x, !Shared::kMasked || seen ? y : own.y);
   }
 };
 
