@@ -4,8 +4,9 @@ compiled, and ours, with the budgets between replay and full back-propagation.
     python benchmarks/rollout.py --out benchmarks/results/rollout_h200.json --plot docs/images/rollout.png
     python benchmarks/rollout.py --shapes small --skip compiled,budget
 
-A time is the median of wall times from the first call to the end of the last kernel; "queued" is that of rollouts that
-follow one another without a wait, as in training, where the host prepares the next one meanwhile. "busy" is the sum of
+A time is the median of wall times from the first call to the end of the last kernel, gradients set to None before;
+"queued" is that of rollouts that follow one another without a wait, as in training, where the host prepares the next
+one meanwhile, and sets gradients to None. "busy" is the sum of
 the kernels' times, some of which may run side by side. Peak memory is what a rollout adds to the model and its
 segments, gradients and cuBLAS workspaces included: what the allocator hands out at most, and what recorded graphs hold
 beside it all the time.
@@ -94,7 +95,6 @@ def rollouts(shape: Shape, skip: list[str]) -> Iterator[tuple[str, Make]]:
             cell = torch.compile(model, dynamic=False) if compiled else model
 
             def run() -> None:
-                model.zero_grad(set_to_none=True)
                 plain.METHODS[method](cell, segments, model.initial_memory(shape.batch))
 
             return model, run
@@ -108,7 +108,6 @@ def rollouts(shape: Shape, skip: list[str]) -> Iterator[tuple[str, Make]]:
             cell = wrap(model.cell)
 
             def run() -> None:
-                model.zero_grad(set_to_none=True)
                 start = model.initial_memory(shape.batch)
                 memory_replay(cell, segments, start, reduction="mean", **options)[0].backward()
 
@@ -155,13 +154,18 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
     if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):  # of the run before
         torch._C._cuda_clearCublasWorkspaces()
     model, run = make()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        run()
+
     torch.cuda.synchronize()
     idle = torch.cuda.memory_allocated()
     started = time.perf_counter()
-    run()
+    step()
     torch.cuda.synchronize()
     first = time.perf_counter() - started
-    run()
+    step()
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
@@ -172,6 +176,7 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
     peak = torch.cuda.max_memory_allocated() - idle + free_in_pools
     walls, hosts = [], []
     for _ in range(repeats):
+        model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         started = time.perf_counter()
         run()
@@ -180,7 +185,7 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
         walls.append(time.perf_counter() - started)
     started = time.perf_counter()
     for _ in range(repeats):
-        run()
+        step()
     torch.cuda.synchronize()
     queued = (time.perf_counter() - started) / repeats
     figures = {
@@ -191,12 +196,12 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
         "peak_MiB": round(peak / MIB),
         "held_MiB": round(sum(s["total_size"] for s in pools) / MIB),
     }
-    return figures | (profiled(run) if kernels else {})
+    return figures | (profiled(step) if kernels else {})
 
 
-def profiled(run: Callable[[], None]) -> dict:
+def profiled(step: Callable[[], None]) -> dict:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        run()
+        step()
         torch.cuda.synchronize()
     found = [e for e in recorded.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
     return {"busy_ms": round(sum(e.duration_ns() for e in found) / 1e6, 2), "kernels": len(found)}

@@ -1,25 +1,26 @@
 """Pytrees taken apart: their tensors, and what else they hold."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 @dataclass
 class Tree:
     leaves: list[Any]
-    spec: TreeSpec
+    spec: Any
 
     @classmethod
     def of(cls, tree: Any) -> "Tree":
-        return cls(*tree_flatten(tree))
+        leaves: list[Any] = []
+        return cls(leaves, _take_apart(tree, leaves))
 
     def whole(self) -> Any:
-        return tree_unflatten(self.leaves, self.spec)
+        return _put_together(self.spec, iter(self.leaves))
 
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
@@ -40,6 +41,29 @@ class Tree:
     def hides_graph(self) -> list[Any]:
         """Leaves that hold, where a pytree does not look, a tensor with a graph."""
         return [leaf for leaf in self.leaves if not isinstance(leaf, Tensor) and _holds_graph(leaf)]
+
+
+def _take_apart(tree: Any, leaves: list[Any]) -> Any:
+    """What `_put_together` takes besides the leaves. Lists and tuples of tensors, which most segments are, here, as the
+    host waits for it in every rollout; all else PyTorch takes apart."""
+    kind = type(tree)
+    if kind is Tensor:
+        leaves.append(tree)
+        return None
+    if kind is list or kind is tuple:
+        return kind, [_take_apart(item, leaves) for item in tree]
+    found, spec = tree_flatten(tree)
+    leaves += found
+    return spec
+
+
+def _put_together(spec: Any, leaves: Iterator[Any]) -> Any:
+    if spec is None:
+        return next(leaves)
+    if type(spec) is tuple:
+        kind, items = spec
+        return kind([_put_together(item, leaves) for item in items])
+    return tree_unflatten([next(leaves) for _ in range(spec.num_leaves)], spec)
 
 
 def as_leaf(tensor: Tensor, needs_grad: bool) -> Tensor:
