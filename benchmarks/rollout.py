@@ -33,6 +33,7 @@ from memformer_kernels.replay import CapturedCell, memory_replay
 Make = Callable[[], tuple[torch.nn.Module, Callable[[], None]]]  # a model, and a rollout of it
 CUDA = torch.device("cuda")
 MIB = 2**20
+LEAST_SECONDS = 0.5  # that rollouts are timed, as a GPU that stood idle begins at a low clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
     free_in_pools = sum(s["total_size"] - s["allocated_size"] for s in pools)
     peak = torch.cuda.max_memory_allocated() - idle + free_in_pools
     walls, hosts = [], []
-    for _ in range(repeats):
+    while len(walls) < repeats or sum(walls) < LEAST_SECONDS:
         model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         started = time.perf_counter()
@@ -184,10 +185,10 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
         torch.cuda.synchronize()
         walls.append(time.perf_counter() - started)
     started = time.perf_counter()
-    for _ in range(repeats):
+    for _ in walls:
         step()
     torch.cuda.synchronize()
-    queued = (time.perf_counter() - started) / repeats
+    queued = (time.perf_counter() - started) / len(walls)
     figures = {
         "ms": round(statistics.median(walls) * 1e3, 2),
         "queued_ms": round(queued * 1e3, 2),
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"some of {','.join(SHAPES)}")
     parser.add_argument("--skip", default="", help="leave out runs whose name contains one of these: compiled,budget")
     parser.add_argument("--only", default="", help="only runs whose name contains this")
-    parser.add_argument("--repeats", type=int, default=5, help="rollouts timed, default 5")
+    parser.add_argument("--repeats", type=int, default=5, help="rollouts timed at least, default 5")
     parser.add_argument("--horizons", action="store_true", help="also time and memory over 1 to 256 segments")
     parser.add_argument("--out", type=Path, help="write the figures here, in the place of those of the same shapes")
     parser.add_argument("--plot", type=Path, help="draw them here (needs matplotlib)")

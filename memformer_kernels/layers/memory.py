@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from memformer_kernels.layers import fused
-from memformer_kernels.ops.memory_forget import memory_forget
 from memformer_kernels.ops.memory_read import memory_read
 from memformer_kernels.ops.memory_write import memory_write
+from memformer_kernels.ops.precision import wide
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -126,11 +126,9 @@ class MemoryWrite(nn.Module):
         return cls(**{name: getattr(config, name) for name in names})
 
     def initial_memory(self, batch: int) -> Tensor:
-        """What forgetting makes of nothing, bias / ||bias||, for every row of the batch: [B, M, C] in the bias' dtype,
-        under autocast too."""
-        nothing = self.bias.new_zeros(1, *self.bias.shape)
-        backend = "eager" if self.backend == "eager" else "auto"  # a backend that is named for the write need not run it
-        return memory_forget(nothing, self.bias, backend=backend).expand(batch, -1, -1)
+        """bias / ||bias|| for every row of the batch, [B, M, C], in the bias' dtype, under autocast too."""
+        unit = nn.functional.normalize(wide(self.bias), dim=-1).to(self.bias.dtype)
+        return unit.expand(batch, -1, -1)
 
     def forward(self, memory: Tensor, x: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
         """Memory [B, M, C] and the segment's final states x [B, L, C] to the next memory, [B, M, C]."""
