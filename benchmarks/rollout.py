@@ -82,7 +82,7 @@ SHAPES = {
 }
 FRACTIONS = (0.0, 0.25, 0.5, 1.0)  # of the graphs of a rollout: budgets
 HORIZONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PROFILED = ("plain bptt", "compiled bptt", "ours replay")  # a profile takes longer than the rollouts
+PROFILED = ("plain bptt", "ours replay")
 
 
 def rollouts(shape: Shape, skip: list[str]) -> Iterator[tuple[str, Make]]:
@@ -149,7 +149,8 @@ def graphs_of_a_rollout(shape: Shape) -> int:
     return (kept(3) - kept(2)) * shape.horizon
 
 
-def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
+def build(make: Make) -> tuple[torch.nn.Module, Callable[[], None], Callable[[], None]]:
+    """The model, a rollout, and a rollout whose gradients are none from before."""
     gc.collect()
     torch.cuda.empty_cache()
     if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):  # of the run before
@@ -160,6 +161,11 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
         model.zero_grad(set_to_none=True)
         run()
 
+    return model, run, step
+
+
+def measure(make: Make, repeats: int) -> dict:
+    model, run, step = build(make)
     torch.cuda.synchronize()
     idle = torch.cuda.memory_allocated()
     started = time.perf_counter()
@@ -189,7 +195,7 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
         step()
     torch.cuda.synchronize()
     queued = (time.perf_counter() - started) / len(walls)
-    figures = {
+    return {
         "ms": round(statistics.median(walls) * 1e3, 2),
         "queued_ms": round(queued * 1e3, 2),
         "host_ms": round(statistics.median(hosts) * 1e3, 2),
@@ -197,10 +203,13 @@ def measure(make: Make, repeats: int, *, kernels: bool = True) -> dict:
         "peak_MiB": round(peak / MIB),
         "held_MiB": round(sum(s["total_size"] for s in pools) / MIB),
     }
-    return figures | (profiled(step) if kernels else {})
 
 
-def profiled(step: Callable[[], None]) -> dict:
+def profiled(make: Make) -> dict:
+    """The sum of the kernels' times. After all that is timed, as the profiler stays in the process."""
+    _, _, step = build(make)
+    step()
+    step()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         step()
         torch.cuda.synchronize()
@@ -215,7 +224,7 @@ def over_horizons(shape: Shape, repeats: int) -> list[dict]:
         longer = dataclasses.replace(shape, horizon=horizon)
         for name, make in rollouts(longer, ["budget"]):
             if name == "ours replay" or name in ("plain bptt", "plain checkpoint", "plain replay") and horizon <= 64:
-                rows.append({"horizon": horizon, "run": name} | measure(make, repeats, kernels=False))
+                rows.append({"horizon": horizon, "run": name} | measure(make, repeats))
                 print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -239,6 +248,7 @@ def main() -> None:
     report |= machine
     asked = f"--shapes {options.shapes} --skip {options.skip!r} --only {options.only!r} --repeats {options.repeats}"
     command = {"command": f"python benchmarks/rollout.py {asked}" + " --horizons" * options.horizons}
+    to_profile: list[tuple[dict, Make]] = []
     for name in options.shapes.split(",") if options.shapes else ():
         shape, rows = SHAPES[name], []
         print(f"{name}: {dataclasses.asdict(shape)}", flush=True)
@@ -246,7 +256,8 @@ def main() -> None:
             if any(part in run for part in skip) or options.only not in run:
                 continue
             try:
-                row = {"run": run} | measure(make, options.repeats, kernels=run in PROFILED)
+                row = {"run": run} | measure(make, options.repeats)
+                to_profile += [(row, make)] * (run in PROFILED)
             except (RuntimeError, torch.OutOfMemoryError) as error:  # one that fails does not take the others along
                 row = {"run": run, "failed": str(error).splitlines()[0]}
             torch._dynamo.reset()
@@ -257,6 +268,9 @@ def main() -> None:
     if options.horizons:
         rows = over_horizons(SHAPES["long"], 1)
         report["horizons"] = {"shape": dataclasses.asdict(SHAPES["long"]), **command, "rows": rows}
+        _write(options, report)
+    for row, make in to_profile:
+        row |= profiled(make)
         _write(options, report)
 
 
