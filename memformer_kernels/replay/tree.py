@@ -54,7 +54,7 @@ def _take_apart(tree: Any, leaves: list[Any]) -> Any:
         return kind, [_take_apart(item, leaves) for item in tree]
     found, spec = tree_flatten(tree)
     leaves += found
-    return spec
+    return None if len(found) == 1 and found[0] is tree else spec
 
 
 def _put_together(spec: Any, leaves: Iterator[Any]) -> Any:
