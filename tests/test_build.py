@@ -213,6 +213,45 @@ def test_a_kernel_of_attention_waits_for_those_before_it_and_looks_at_memory_aft
         assert looks and waits < looks.start(), kernel[:200]
 
 
+DIVISIONS = """
+#include <iostream>
+#include "memformer_kernels/common.cuh"
+
+int main() {
+  constexpr int64_t kEnd = int64_t{1} << 31;
+  const auto check = [](int64_t number, int64_t dividend) {
+    if (dividend < 0 || dividend >= kEnd) return;
+    int quotient = static_cast<int>(dividend);
+    const int rest = memformer_kernels::Divisor(number).split(quotient);
+    if (quotient == dividend / number && rest == dividend % number) return;
+    std::cout << dividend << " / " << number << ": " << quotient << ", " << rest << std::endl;
+  };
+  const auto check_all_of = [&](int64_t number) {
+    for (int64_t dividend = 0; dividend < 300; ++dividend) check(number, dividend);
+    for (int64_t i = 0; i < 400; ++i) {  // about multiples, small and large, where a quotient changes
+      for (const int64_t multiple : {i * number, (kEnd / number - i) * number, i * (kEnd / 400) / number * number}) {
+        for (int64_t near = -1; near <= 1; ++near) check(number, multiple + near);
+      }
+    }
+  };
+  for (int64_t number = 1; number < 3000; ++number) check_all_of(number);
+  for (int64_t power = 4; power < kEnd; power *= 2) {
+    for (int64_t near = -2; near <= 2; ++near) check_all_of(power + near);
+  }
+  std::cout << "done" << std::endl;
+}
+"""
+
+
+@needs_nvcc
+def test_a_divisor_divides(tmp_path):
+    (tmp_path / "divisions.cu").write_text(DIVISIONS)
+    command = [nvcc(), "-std=c++20", "-O2", f"-I{ROOT}/csrc/include", str(tmp_path / "divisions.cu")]
+    subprocess.run([*command, "-o", str(tmp_path / "divisions")], check=True)
+    said = subprocess.run([tmp_path / "divisions"], check=True, capture_output=True, text=True).stdout
+    assert said == "done\n", said[:500]
+
+
 @needs_nvcc
 def test_the_command_builds_beside_the_package(tmp_path):
     tree = copy_tree(tmp_path / "tree")

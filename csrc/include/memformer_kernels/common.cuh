@@ -24,6 +24,15 @@ __host__ __device__ constexpr Integer ceil_div(Integer numerator, Integer denomi
   return (numerator + denominator - 1) / denominator;
 }
 
+// The upper half of the product.
+__host__ __device__ inline uint32_t upper_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return __umulhi(a, b);
+#else
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+#endif
+}
+
 // Divides what is below 2^31 by a number that the host knows, with two products instead of a division. (Granlund and
 // Montgomery, Division by invariant integers using multiplication, 1994)
 struct Divisor {
@@ -33,8 +42,8 @@ struct Divisor {
     multiplier = static_cast<uint32_t>(ceil_div(int64_t{1} << (31 + shift), number));
   }
   // Leaves the quotient and returns the rest.
-  __device__ __forceinline__ int split(int& value) const {
-    const uint32_t dividend = static_cast<uint32_t>(value), quotient = __umulhi(2 * dividend, multiplier) >> shift;
+  __host__ __device__ __forceinline__ int split(int& value) const {
+    const uint32_t dividend = static_cast<uint32_t>(value), quotient = upper_product(2 * dividend, multiplier) >> shift;
     value = static_cast<int>(quotient);
     return static_cast<int>(dividend - quotient * number);
   }
