@@ -6,10 +6,9 @@ compiled, and ours, with the budgets between replay and full back-propagation.
 
 A time is the median of wall times from the first call to the end of the last kernel, gradients set to None before;
 "queued" is that of rollouts that follow one another without a wait, as in training, where the host prepares the next
-one meanwhile, and sets gradients to None. "busy" is the sum of
-the kernels' times, some of which may run side by side. Peak memory is what a rollout adds to the model and its
-segments, gradients and cuBLAS workspaces included: what the allocator hands out at most, and what recorded graphs hold
-beside it all the time.
+one meanwhile, and sets gradients to None. "busy" is the sum of the kernels' times, some of which may run side by side,
+profiled at the end. Peak memory is what a rollout adds to the model and its segments, gradients and cuBLAS workspaces
+included: what the allocator hands out at most, and what recorded graphs hold beside it all the time.
 """
 
 import argparse
@@ -234,7 +233,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"some of {','.join(SHAPES)}")
     parser.add_argument("--skip", default="", help="leave out runs whose name contains one of these: compiled,budget")
     parser.add_argument("--only", default="", help="only runs whose name contains this")
-    parser.add_argument("--repeats", type=int, default=5, help="rollouts timed at least, default 5")
+    parser.add_argument("--repeats", type=int, default=5, help="rollouts timed at least, for half a second; default 5")
     parser.add_argument("--horizons", action="store_true", help="also time and memory over 1 to 256 segments")
     parser.add_argument("--out", type=Path, help="write the figures here, in the place of those of the same shapes")
     parser.add_argument("--plot", type=Path, help="draw them here (needs matplotlib)")
@@ -271,6 +270,7 @@ def main() -> None:
         _write(options, report)
     for row, make in to_profile:
         row |= profiled(make)
+        print(json.dumps(row), flush=True)
         _write(options, report)
 
 

@@ -44,8 +44,8 @@ class Tree:
 
 
 def _take_apart(tree: Any, leaves: list[Any]) -> Any:
-    """What `_put_together` takes besides the leaves. Lists and tuples of tensors, which most segments are, here, as the
-    host waits for it in every rollout; all else PyTorch takes apart."""
+    """What `_put_together` takes besides the leaves. Lists and tuples of tensors, which most segments are, are taken
+    apart here, as the GPU waits for it in every rollout; all else by PyTorch."""
     kind = type(tree)
     if kind is Tensor:
         leaves.append(tree)
