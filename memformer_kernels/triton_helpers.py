@@ -131,6 +131,6 @@ def sum_partials_kernel(partial, target, parts, size, BLOCK: tl.constexpr, OVERL
     keep = offsets < size
     total = tl.zeros([BLOCK], tl.float32)
     for _ in tl.range(0, parts, num_stages=5):  # four loads under way at a time
-        total += tl.load(partial + offsets, mask=keep, other=0.0)
+        total += tl.load(partial + offsets, mask=keep, other=0.0, eviction_policy="evict_first")
         partial += size
     tl.store(target + offsets, total.to(target.dtype.element_ty), mask=keep)

@@ -19,19 +19,20 @@
 namespace memformer_kernels {
 
 // Rows from `first` on of the tile's head; `full` then says that they are there.
-template <typename Traits, int kPanelBytes>
+template <typename Traits, int kPanelBytes, bool kOnce = false>
 __device__ __forceinline__ void copy_rows(uint32_t target, const CUtensorMap& map, uint32_t full, int first,
                                           const AttentionTile& at) {
   barrier_arrive_expecting(full, Traits::kPanels * kPanelBytes);
 #pragma unroll
   for (int p = 0; p < Traits::kPanels; ++p) {
-    copy_tile(target + p * kPanelBytes, &map, full, p * kPanelColumns, first, at.head, at.batch);
+    copy_tile<kOnce>(target + p * kPanelBytes, &map, full, p * kPanelColumns, first, at.head, at.batch);
   }
 }
 
 template <typename Traits, typename Op>
 __device__ __forceinline__ void attention_copy(const typename Op::Params& params, const AttentionMaps& maps,
                                                const AttentionWork& work, AttentionShared<Traits> shared) {
+  constexpr bool kOnce = Op::kChunks && Traits::kWidth == 64;  // a wider head shares cache lines with its neighbours
   const AttentionTiles tiles = attention_tiles<Traits, Op>(params, work);
   Ring<2> queries;
   Ring<Traits::kStages> keys;
@@ -46,9 +47,10 @@ __device__ __forceinline__ void attention_copy(const typename Op::Params& params
     for (int i = at.key_tiles - 1; i >= 0; --i, keys.next()) {
       const int place = keys.place, first = at.first_key + i * Traits::kKeys;
       barrier_wait(shared.key_empty(place), keys.parity ^ 1);
-      copy_rows<Traits, Traits::kKeyPanel>(shared.key(place), maps.key, shared.key_full(place), first, at);
+      copy_rows<Traits, Traits::kKeyPanel, kOnce>(shared.key(place), maps.key, shared.key_full(place), first, at);
       barrier_wait(shared.value_empty(place), keys.parity ^ 1);
-      copy_rows<Traits, Traits::kKeyPanel>(shared.value(place), maps.value, shared.value_copied(place), first, at);
+      copy_rows<Traits, Traits::kKeyPanel, kOnce>(shared.value(place), maps.value, shared.value_copied(place), first,
+                                                  at);
     }
   }
 }

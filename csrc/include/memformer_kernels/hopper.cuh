@@ -109,13 +109,26 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Box at (channel, row, head, batch); what lies outside the tensor arrives as 0.
+// Box at (channel, row, head, batch); what lies outside the tensor arrives as 0. What is copied once is the first that
+// the L2 cache gives up.
+template <bool kOnce = false>
 __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier, int channel,
                                           int row, int head, int batch) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-      "[%2];" ::"r"(target), "l"(map), "r"(barrier), "r"(channel), "r"(row), "r"(head), "r"(batch)
-      : "memory");
+  if constexpr (kOnce) {
+    asm volatile(
+        "{.reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+        "[%1, {%3, %4, %5, %6}], [%2], policy;}" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(channel), "r"(row), "r"(head), "r"(batch)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(channel), "r"(row), "r"(head), "r"(batch)
+        : "memory");
+  }
 }
 
 // The same box from shared to global memory, but for what lies outside the tensor. A thread waits until all of its
@@ -278,8 +291,14 @@ __device__ __forceinline__ void store_global(void* target, const uint32_t (&word
                "r"(words[3])
                : "memory");
 }
+// Partial sums, which the next kernel reads: the last that the L2 cache gives up.
 __device__ __forceinline__ void store_global(float* target, float x, float y) {
-  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
+  asm volatile(
+      "{.reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_last.b64 policy, 1.0;\n"
+      "st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, policy;}" ::"l"(target),
+      "f"(x), "f"(y)
+      : "memory");
 }
 
 // Stores two rows, eight apart, of what a product gave, from target and from target + step on, as far as channels

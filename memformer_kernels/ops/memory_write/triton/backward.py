@@ -249,7 +249,8 @@ def _memory_write_backward_query_kernel(
     for part in tl.range(0, parts, num_stages=STAGES):
         new = part % group == 0  # without a branch, which would keep the loads apart
         all_dq += tl.where(new, dq, 0.0)
-        dq = tl.where(new, 0.0, dq) + tl.load(partial + places, mask=inside, other=0.0)
+        here = tl.load(partial + places, mask=inside, other=0.0, eviction_policy="evict_first")
+        dq = tl.where(new, 0.0, dq) + here
         partial += tl.cast(part_rows, tl.int64) * D
     offsets = heads.to(tl.int64)[:, None] * own_key_strides[1] + channels.to(tl.int64)[None, :] * own_key_strides[3]
     base = batch * own_key_strides[0] + slot * own_key_strides[2]

@@ -188,7 +188,7 @@ def _memory_write_forward_combine_kernel(
     own_logit = statistics + tl.cast(parts, tl.int64) * 2 * part_rows
     best = tl.load(top + per_head, mask=in_heads, other=0.0)
     weight = tl.load(total + per_head, mask=in_heads, other=1.0)
-    u = tl.load(acc + places, mask=inside, other=0.0)
+    u = tl.load(acc + places, mask=inside, other=0.0, eviction_policy="evict_first")
     if not ONE_PART:
         if GROUPED:  # of the groups before this one
             all_best = tl.full([BLOCK_H], float("-inf"), tl.float32)
@@ -200,7 +200,7 @@ def _memory_write_forward_combine_kernel(
             acc += tl.cast(part_rows, tl.int64) * D
             here = tl.load(top + per_head, mask=in_heads, other=0.0)
             count = tl.load(total + per_head, mask=in_heads, other=0.0)
-            attended_here = tl.load(acc + places, mask=inside, other=0.0)
+            attended_here = tl.load(acc + places, mask=inside, other=0.0, eviction_policy="evict_first")
             if GROUPED:  # without a branch, which would keep the loads apart
                 new = part % group == 0
                 with_group = merge(all_best, all_weight, all_u, best, weight, u, log2_scale)
