@@ -4,31 +4,33 @@
 namespace memformer_kernels {
 namespace {
 
-template <typename Traits>
-cudaError_t launch_over_chunks(const MemoryWriteForwardParams& params) {
-  return launch_attention_forward<Traits, MemoryWriteForward>(params, ceil_div(params.L, params.chunk));
+// Of heads up to kWidth channels. At narrow ones the registers are enough for three groups.
+template <typename T, bool kMasked, int kWidth>
+cudaError_t launch_at_width(const MemoryWriteForwardParams& params) {
+  constexpr bool kNarrow = kWidth <= 64;
+  constexpr int kTokens = kMemoryWriteForwardTokens, kStages = kNarrow ? 3 : 2;
+  using One = AttentionTraits<T, kWidth, kTokens, 2, 1, kMasked, true>;
+  using Two = AttentionTraits<T, kWidth, kTokens, kStages, 2, kMasked, true>;
+  using Three = AttentionTraits<T, kWidth, kTokens, kStages, 3, kMasked, true>;
+  const int64_t chunks = ceil_div(params.L, params.chunk), heads = params.B * params.H * chunks;
+  const int groups = fastest_groups<One>(params.M, heads, params.multiprocessors, kNarrow ? 3 : 2);
+  if (groups == 1) return launch_attention_forward<One, MemoryWriteForward>(params, chunks);
+  if constexpr (kNarrow) {
+    if (groups == 3) return launch_attention_forward<Three, MemoryWriteForward>(params, chunks);
+  }
+  return launch_attention_forward<Two, MemoryWriteForward>(params, chunks);
 }
 
-// At narrow heads the registers are enough for three groups, whose tile takes 4/3 of the time of that of two. A row has
-// the same bits in any.
 template <typename T, bool kMasked>
 cudaError_t launch(const MemoryWriteForwardParams& params) {
-  constexpr int kTokens = kMemoryWriteForwardTokens;
-  using Two = AttentionTraits<T, 64, kTokens, 3, 2, kMasked, true>;
-  using Three = AttentionTraits<T, 64, kTokens, 3, 3, kMasked, true>;
-  using Middle = AttentionTraits<T, 96, kTokens, 2, 2, kMasked, true>;
-  using Wide = AttentionTraits<T, 128, kTokens, 2, 2, kMasked, true>;
-  if (params.D > Wide::kWidth || params.D % 8 != 0 || params.L == 0 || params.chunk % kTokens != 0 ||
+  if (params.D > 128 || params.D % 8 != 0 || params.L == 0 || params.chunk % kMemoryWriteForwardTokens != 0 ||
       !tensor_map_takes(params.slots, params.B, params.H, params.M)) {
     return cudaErrorInvalidValue;
   }
   if (params.L > INT32_MAX - params.chunk) return cudaErrorInvalidConfiguration;
-  if (params.D > Middle::kWidth) return launch_over_chunks<Wide>(params);
-  if (params.D > Two::kWidth) return launch_over_chunks<Middle>(params);
-  if (3 * ceil_div<int64_t>(params.M, Two::kRows) >= 4 * ceil_div<int64_t>(params.M, Three::kRows)) {
-    return launch_over_chunks<Three>(params);
-  }
-  return launch_over_chunks<Two>(params);
+  if (params.D > 96) return launch_at_width<T, kMasked, 128>(params);
+  if (params.D > 64) return launch_at_width<T, kMasked, 96>(params);
+  return launch_at_width<T, kMasked, 64>(params);
 }
 
 template <typename T>

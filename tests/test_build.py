@@ -252,6 +252,36 @@ def test_a_divisor_divides(tmp_path):
     assert said == "done\n", said[:500]
 
 
+GROUPS = """
+#include <iostream>
+
+#include "memformer_kernels/attention_forward.cuh"
+
+using namespace memformer_kernels;
+
+template <int kWidth>
+int groups(int64_t rows, int64_t heads, int most) {
+  return fastest_groups<AttentionTraits<__half, kWidth, 128, 2, 1, false, true>>(rows, heads, 132, most);
+}
+
+int main() {
+  std::cout << groups<64>(128, 64, 3) << groups<64>(128, 512, 3) << groups<64>(1024, 512, 3) << groups<64>(32, 512, 3)
+            << groups<64>(180, 89, 3) << ' ' << groups<128>(128, 64, 2) << groups<128>(96, 768, 2)
+            << groups<128>(64, 768, 2) << std::endl;
+}
+"""
+
+
+@needs_nvcc
+def test_blocks_have_the_groups_that_leave_the_least_idle(tmp_path):
+    """Of 132 multiprocessors: one group where more would leave many without a block, three where they fill rows."""
+    (tmp_path / "groups.cu").write_text(GROUPS)
+    command = [nvcc(), "-std=c++20", f"-I{ROOT}/csrc/include", str(tmp_path / "groups.cu")]
+    subprocess.run([*command, "-o", str(tmp_path / "groups")], check=True)
+    said = subprocess.run([tmp_path / "groups"], check=True, capture_output=True, text=True).stdout
+    assert said == "12313 121\n"
+
+
 @needs_nvcc
 def test_the_command_builds_beside_the_package(tmp_path):
     tree = copy_tree(tmp_path / "tree")

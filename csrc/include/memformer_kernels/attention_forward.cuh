@@ -5,10 +5,10 @@
 // A block has one warpgroup that copies tiles into shared memory and kGroups that compute, each with 64 rows of its
 // own. In the steady state a group issues the logits of the next tile of keys and the product of the present one's
 // weights together, and does the softmax of the first while the second runs; the groups take turns at issuing, so that
-// one computes its softmax while the matrix units are busy with the other's products. Blocks go on to their next tile
-// of rows without a pause: the logits of its first keys are issued with the last product of the tile before, whose sums
-// are stored after the softmax. Wide heads' keys that all fit the shared memory are copied once for all of a block's
-// rows of a head.
+// one computes its softmax while the matrix units are busy with the other's products. Of narrow heads two blocks of one
+// group share a multiprocessor, without turns. Blocks go on to their next tile of rows without a pause: the logits of
+// its first keys are issued with the last product of the tile before, whose sums are stored after the softmax. Wide
+// heads' keys that all fit the shared memory are copied once for all of a block's rows of a head.
 //
 // An operation, memory_read_forward.cuh or memory_write_forward.cuh, is a struct that says of its params which tensors
 // are rows and keys, whether a row has an entry of its own beside the keys, and what becomes of a row's sums.
@@ -171,6 +171,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
   const AttentionTiles tiles = attention_tiles<Traits, Op>(params, work);
   constexpr int kKeys = Traits::kKeys, kWidth = Traits::kWidth;
   constexpr int kKeySteps = kKeys / 16, kWidthSteps = kWidth / 16;
+  constexpr bool kTakesTurns = Traits::kGroups > 1;
   const bool elected = threadIdx.x % kWarpSize == 0;
   const float log2_scale = params.log2_scale;
 
@@ -320,7 +321,9 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
   softmax(key_tile, all_keys, true, shrink);
   pass(keys, keeps && key_tile == 0, ceil_div(all_keys, kKeys));
   round_weights();
-  if (group == Traits::kGroups - 1) named_barrier_arrive(1, 2 * kGroupThreads);  // the first turn is group 0's
+  if (kTakesTurns && group == Traits::kGroups - 1) {
+    named_barrier_arrive(1, 2 * kGroupThreads);  // the first turn is group 0's
+  }
 
   while (true) {
     const bool last = key_tile == 0, keeps_values = keeps;
@@ -332,7 +335,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
       if (more) barrier_wait(shared.query_full(queries.place), queries.parity);
     }
     if (more) barrier_wait(shared.key_full(keys.place), keys.parity);
-    named_barrier_sync(1 + group, 2 * kGroupThreads);
+    if (kTakesTurns) named_barrier_sync(1 + group, 2 * kGroupThreads);
     pin(s);
     pin(out);
     product_fence();
@@ -341,7 +344,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
     barrier_wait(shared.value_full(values.place), values.parity);
     issue_output((key_tile + 1) * kKeys < all_keys);
     product_commit();
-    named_barrier_arrive(1 + (group + 1) % Traits::kGroups, 2 * kGroupThreads);
+    if (kTakesTurns) named_barrier_arrive(1 + (group + 1) % Traits::kGroups, 2 * kGroupThreads);
     AttentionSums done = sums;
     if (last) {
       keeps = attention_keeps_keys<Traits, Op>(params, work, tiles, next_tile + 1);
@@ -375,7 +378,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
 }
 
 template <typename Traits, typename Op>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     attention_forward_kernel(const __grid_constant__ typename Op::Params params,
                              const __grid_constant__ AttentionMaps maps,
                              const __grid_constant__ AttentionWork work) {
@@ -429,6 +432,25 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #endif
 }
 
+// Groups of a block, at most so many, that go over the rows of all heads in the least time. A row has the same bits in
+// any.
+template <typename OneGroup>
+int fastest_groups(int64_t rows, int64_t heads, int64_t multiprocessors, int most) {
+  constexpr int kTimes[] = {20, 29, 37};  // that a multiprocessor takes with so many groups, in proportion
+  int fastest = most;
+  int64_t least = INT64_MAX;
+  for (int groups = most; groups > 0; --groups) {
+    const int64_t tiles = ceil_div<int64_t>(rows, groups * kGroupRows) * heads;
+    const int blocks = groups == 1 && tiles > multiprocessors ? OneGroup::kBlocks : 1;
+    const int64_t time = ceil_div(tiles, blocks * multiprocessors) * kTimes[groups * blocks - 1];
+    if (time < least) {
+      least = time;
+      fastest = groups;
+    }
+  }
+  return fastest;
+}
+
 template <typename Traits, typename Op>
 cudaError_t launch_attention_forward(const typename Op::Params& params, int64_t chunks) {
   const auto kernel = attention_forward_kernel<Traits, Op>;
@@ -446,7 +468,7 @@ cudaError_t launch_attention_forward(const typename Op::Params& params, int64_t 
   if (error != cudaSuccess) return error;
   const int64_t row_tiles = ceil_div<int64_t>(Op::rows(params), Traits::kRows);
   const int64_t tiles = row_tiles * params.B * params.H * chunks;
-  if (tiles > INT32_MAX - params.multiprocessors || Op::rows(params) > INT32_MAX - Traits::kRows ||
+  if (tiles > INT32_MAX - Traits::kBlocks * params.multiprocessors || Op::rows(params) > INT32_MAX - Traits::kRows ||
       Op::keys(params) > INT32_MAX - Traits::kKeys) {
     return cudaErrorInvalidConfiguration;
   }
@@ -460,7 +482,8 @@ cudaError_t launch_attention_forward(const typename Op::Params& params, int64_t 
       .heads = Divisor(params.H),
       .batches = Divisor(params.B),
   };
-  const unsigned blocks = static_cast<unsigned>(tiles < params.multiprocessors ? tiles : params.multiprocessors);
+  const int64_t at_once = int64_t{Traits::kBlocks} * params.multiprocessors;
+  const unsigned blocks = static_cast<unsigned>(tiles < at_once ? tiles : at_once);
   return launch_overlapping(kernel, blocks, Traits::kThreads, Traits::kShared, params.stream, params, maps,
                             work);
 }

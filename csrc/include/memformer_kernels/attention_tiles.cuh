@@ -2,6 +2,8 @@
 // which are its turn.
 #pragma once
 
+#include <algorithm>
+
 #include "memformer_kernels/common.cuh"
 #include "memformer_kernels/hopper.cuh"
 #include "memformer_kernels/tensor_map.h"
@@ -20,11 +22,12 @@ struct AttentionTraits {
   static constexpr bool kHolds = kWidth == 128 && !kOwn;  // whether keys that fit stay: slower at narrow heads
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+  static constexpr int kBlocks = kGroups == 1 && kWidth == 64 ? 2 : 1;  // that share a multiprocessor
   // Registers that a block starts with, of one thread of each group, and how the groups share them. More than there are
   // would be waited for without end.
-  static constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kGroups + 1);
+  static constexpr int kRegisters = 65536 / (kBlocks * kThreads) / 8 * 8 * (kGroups + 1);
   static constexpr int kCopyRegisters = kGroups >= 3 ? 32 : 40;
-  static constexpr int kComputeRegisters = (kRegisters - kCopyRegisters) / kGroups / 8 * 8;
+  static constexpr int kComputeRegisters = std::min(240, (kRegisters - kCopyRegisters) / kGroups / 8 * 8);
   static constexpr int kPanels = ceil_div(kWidth, kPanelColumns);
   static constexpr int kQueryPanel = kRows * kPanelRowBytes;  // bytes
   static constexpr int kKeyPanel = kKeys * kPanelRowBytes;
