@@ -36,7 +36,9 @@ def support() -> str:
         ("memory_write", "triton"): f"D up to {launch.MOST_CHANNELS}, C up to {write.MOST_CHANNELS}",
         ("memory_forget", "triton"): f"C up to {forget.MOST_CHANNELS}",
         ("memory_read", "cuda"): f"sm_90a, D up to {widest_read}, M from {read.LEAST_SLOTS}",
-        ("memory_write", "cuda"): f"sm_90a, D up to {widest_read}, M from {write_cuda.LEAST_SLOTS}",
+        ("memory_write", "cuda"): (
+            f"sm_90a, D up to {widest_read}, M from {write_cuda.LEAST_SLOTS} or L from {write_cuda.LEAST_TOKENS}"
+        ),
         ("memory_forget", "cuda"): f"C up to {widest}",
     }
     cuda = {"memory_read": read.DTYPES, "memory_write": write_cuda.DTYPES, "memory_forget": forget_cuda.DTYPES}

@@ -37,7 +37,7 @@ def test_slots_of_a_block_are_those_of_the_kernels():
         ({}, None),
         ({"is_cuda": False}, "query must be on a CUDA device, got cuda:0"),
         ({"dtype": torch.float32}, "query must be float16 or bfloat16, got torch.float32"),
-        ({"slots": 64}, "must have at least 65 slots, got 64"),
+        ({"slots": 64}, "at least 65 slots"),
         ({"missing": "not compiled"}, "not compiled"),
         ({"width": 129}, "query must have at most 128 channels a head, got 129"),
         ({"architecture": 80}, "the GPU must have compute capability 9.0"),
@@ -66,6 +66,21 @@ def test_kernel_says_what_it_cannot_take(monkeypatch, op, change, reason):
     else:
         found = cuda.unsupported_reason(slots, slots, None, tokens, tokens, None, None, 1.0, 1e-12, False)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.guarantee("G14")
+@pytest.mark.parametrize("tokens, slots, taken", [(511, 64, False), (512, 64, True), (512, 1, True), (1, 65, True)])
+def test_few_slots_of_the_write_need_many_tokens(monkeypatch, tokens, slots, taken):
+    write = cuda_backend("memory_write")
+    rows = {n: SimpleNamespace(shape=(1, 1, n, 64), device=torch.device("cuda", 0)) for n in (tokens, slots)}
+    query, key = rows[slots], rows[tokens]
+    query.is_cuda, query.dtype = True, torch.bfloat16
+    monkeypatch.setattr(write.triton, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(write._extension, "why_not", lambda: None)
+    monkeypatch.setattr(write._extension, "load", lambda: SimpleNamespace(memory_read_max_channels=128))
+    monkeypatch.setattr(write, "unsupported_device", lambda _: None)
+    reason = write.unsupported_reason(query, query, None, key, key, None, None, 1.0, 1e-12, False)
+    assert reason is None if taken else "at least 65 slots or 512 tokens, got 64 and 511" in reason
 
 
 def _bfloat16(*shape):
@@ -151,6 +166,7 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
         ("memory_write", dict(slots=70, tokens=64, width=20, bias=False)),
         ("memory_write", dict(slots=66, tokens=1, carried_dtype=torch.float32)),
         ("memory_write", dict(slots=70, tokens=300, width=8, masked=0.95)),  # also the forward in chunks
+        ("memory_write", dict(slots=40, tokens=300, width=8, masked=0.4)),  # only the forward, in chunks
         ("memory_write", dict(slots=129, tokens=130, width=16, carried_dtype=torch.float32)),  # only the forward
         ("memory_write", dict(slots=140, tokens=150, width=20, masked=0.4)),  # tokens stay on chip
         ("memory_write", dict(slots=192, tokens=1100, width=8, batch=1)),  # in groups
@@ -220,7 +236,7 @@ def test_chunks_of_the_writes_kernels_are_whole_tiles(channels, monkeypatch):
     for tokens in (1, 511, 513, 4096, 65536, 100_001):
         size = write._chunk(tokens, channels)
         assert size % 64 == 0 and -(-tokens // size) <= 32 and (size <= 1024 or size * 31 < tokens + 64 * 32)
-        for heads, slots in ((1, 65), (16, 128), (16, 129), (200, 4096)):
+        for heads, slots in ((1, 1), (1, 65), (16, 128), (16, 129), (200, 4096)):
             size = write._chunk_forward(tokens, heads, slots, channels, None)
             assert size % 128 == 0 and size >= 8 * slots
             assert -(-tokens // size) <= {1: 32, 16: 8, 200: 1}[heads]

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python tests/gpu/check_memory_write.py --out DIRECTORY
 
-Each check compares with float64 or bit for bit with another call; every part of a tile, several chunks of tokens,
-hidden tiles, NaN in hidden places. The exit status is 1 if one failed. `DIRECTORY/memory_write_checks.json` holds the
-figures.
+Each check compares with float64 or bit for bit with another call; every part of a tile, blocks of one, two and three
+groups of slots, several chunks of tokens, hidden tiles, NaN in hidden places. The exit status is 1 if one failed.
+`DIRECTORY/memory_write_checks.json` holds the figures.
 """
 
 import cuda_checks
@@ -12,10 +12,12 @@ import torch
 from triton_calls import LAYOUTS, answer, contiguous, differing, differing_in_layout, rows
 
 from memformer_kernels import memory_write, testing
+from memformer_kernels.ops.memory_write.cuda import LEAST_SLOTS, LEAST_TOKENS
 from memformer_kernels.testing import Case, cotangent, error_bound, make_case, shares_of_bound
 
 WIDTHS = (8, 20, 64, 80, 96, 128)
-SLOTS = (65, 96, 100, 128, 129, 330)  # from 129 on the backward is the read's, of many tokens Triton's
+# Of few slots, which need many tokens, the backward is Triton's; from 129 on it is the read's, of many tokens Triton's.
+SLOTS = (1, 40, 64, 65, 96, 100, 128, 129, 330)
 TOKENS = (1, 63, 64, 65, 128, 200, 513, 1000, 3000)
 HIDDEN = (0, 0.3, 0, 0.9, "a tile", "one row", 1.0)
 
@@ -57,12 +59,12 @@ def masked_case(dtype, hidden, **sizes):
 def check_bound(dtype):
     """G1, G3: every element of output and gradients within 2 `error_bound`; NaN in hidden tokens changes no bit."""
     worst, count = {}, 0
-    shapes = [(w, m, t) for w in WIDTHS for m in SLOTS for t in TOKENS]
+    shapes = [(w, m, t) for w in WIDTHS for m in SLOTS for t in TOKENS if m >= LEAST_SLOTS or t >= LEAST_TOKENS]
     shapes = [s for i, s in enumerate(shapes) if i % 3 == 0 or s[2] == 3000]
     for i, (width, slots, tokens) in enumerate(shapes):
         amplitude, hidden = (0.1, 1.0, 3.0, 1.0)[i % 4], HIDDEN[i % 7]
         sizes = dict(slots=slots, tokens=tokens, width=width, amplitude=amplitude, bias=width != 20)
-        sizes |= dict(heads=40 if tokens == 64 else 3, temperature=(0.25, 1.0)[i % 2])  # more than run at a time
+        sizes |= dict(heads=50 if tokens == 64 else 3, temperature=(0.25, 1.0)[i % 2])  # more than run at a time
         sizes |= dict(carried_dtype=torch.float32 if width == 80 else dtype)
         case = masked_case(dtype, hidden, **sizes)
         result = run(case)
@@ -78,8 +80,8 @@ def check_bound(dtype):
 
 def check_layouts(dtype):
     """G11: in every layout the same, but for the order of sums over the channels of a slot, which is Triton's."""
-    for width, slots in ((64, 100), (80, 128), (128, 96), (64, 200)):
-        case = case_of(dtype, slots=slots, tokens=150, width=width)
+    for width, slots, tokens in ((64, 100, 150), (80, 128, 150), (128, 96, 150), (64, 200, 150), (64, 40, 520)):
+        case = case_of(dtype, slots=slots, tokens=tokens, width=width)
         grad = cotangent(case)
         for layout in LAYOUTS:
             moved = {name: layout(case.tensors[name]) for name in ("query", "own_key", "slots", "key", "value")}
@@ -91,7 +93,7 @@ def check_layouts(dtype):
 
 def check_hidden(dtype):
     """G4: a mask that hides nothing is no mask; hidden tokens have gradients of exactly 0."""
-    for width, slots, tokens in ((64, 128, 700), (80, 100, 700), (128, 128, 1500), (64, 300, 200)):
+    for width, slots, tokens in ((64, 128, 700), (80, 100, 700), (128, 128, 1500), (64, 300, 200), (64, 40, 700)):
         case = masked_case(dtype, "a tile", slots=slots, tokens=tokens, width=width)
         grad, mask = cotangent(case), case.tensors["token_mask"]
         grads = run(hidden_as(case, float("nan")), grad).grads
@@ -117,7 +119,7 @@ def check_values(dtype):
 
 def check_saving(dtype):
     """Whether gradients are asked for changes no bit, in either order of two calls of one shape."""
-    for slots, grad_first in ((100, False), (101, True), (200, False), (201, True)):
+    for slots, grad_first in ((40, False), (41, True), (100, False), (101, True), (200, False), (201, True)):
         case = case_of(dtype, slots=slots, tokens=1500, width=64)
         for with_grad in (grad_first, not grad_first, grad_first):
             if not with_grad:
@@ -132,9 +134,11 @@ def check_saving(dtype):
 
 
 def check_batch(dtype):
-    """G7, G8: a row has the same bits alone, and a hundred times over."""
-    for width, slots, tokens in ((64, 128, 2500), (128, 96, 2500), (96, 100, 333), (64, 100, 65), (64, 200, 300)):
-        sizes = dict(batch=40, heads=8, slots=slots, tokens=tokens, width=width)
+    """G7, G8: a row has the same bits alone, by blocks of one group of slots, and in a batch, by blocks of two or, of
+    180 slots, three; and a hundred times over."""
+    shapes = (64, 128, 2500), (128, 96, 2500), (96, 100, 333), (64, 100, 65), (64, 180, 300), (64, 40, 1200)
+    for width, slots, tokens in shapes:
+        sizes = dict(batch=40, heads=6, slots=slots, tokens=tokens, width=width)
         cuda_checks.batches(run, case_of(dtype, bias=False, **sizes))
     return {"repeats": 100}
 
@@ -178,9 +182,18 @@ def check_sanitizer(dtype):
 
 
 def small_calls(dtype):
-    calls = (64, 100, 0), (64, 100, 0.3), (64, 200, 0), (20, 100, 0.3), (80, 100, 0.3), (128, 100, 0)
-    for width, slots, masked in calls:
-        run(case_of(dtype, batch=1, heads=2, slots=slots, tokens=200, width=width, masked=masked))
+    """By blocks of one group of slots, with more heads of two, and in the third call of three."""
+    calls = (
+        (64, 100, 67, 0),
+        (64, 100, 2, 0.3),
+        (64, 180, 89, 0),
+        (20, 100, 2, 0.3),
+        (80, 100, 67, 0.3),
+        (128, 100, 2, 0),
+    )
+    for width, slots, heads, masked in calls:
+        run(case_of(dtype, batch=1, heads=heads, slots=slots, tokens=200, width=width, masked=masked))
+    run(case_of(dtype, batch=1, heads=2, slots=40, tokens=LEAST_TOKENS, width=64, masked=0.3))
 
 
 CHECKS = (

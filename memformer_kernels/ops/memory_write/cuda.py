@@ -1,6 +1,7 @@
-"""`memory_write` with what goes over the tokens in CUDA C++ on Hopper; all else is Triton's, and the backward of many
-tokens and more slots than a block holds. `csrc/include/memformer_kernels/memory_write_forward.cuh` and
-`memory_write_backward.cuh` have the kernels; of more slots `memory_read_backward.cuh`.
+"""`memory_write` with what goes over the tokens in CUDA C++ on Hopper; all else is Triton's, and so is the backward of
+few slots, and that of more slots than a block holds and many tokens. `memory_write_forward.cuh` and
+`memory_write_backward.cuh` in `csrc/include/memformer_kernels` have the kernels; of more slots
+`memory_read_backward.cuh`.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from memformer_kernels.ops.per_head import new_per_head
 from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import LOG2_E
 
-LEAST_SLOTS = 65  # for fewer, Triton's kernels are ahead
+LEAST_SLOTS = 65  # for fewer, Triton's backward is ahead, and so is its forward up to
+LEAST_TOKENS = 512
 # Tokens that a sum is over, at least: of heads up to 64 channels, and wider ones. Forward, for a slot.
 CHUNK_OF_SLOT, WIDE_CHUNK_OF_SLOT = 8, 16
 CHUNK, WIDE_CHUNK = 512, 1024
-TILE = 64  # tokens
+ROWS = 64  # slots of a group of warps in the forward
+TILE = 64  # tokens, in the backward
 MOST_TOKENS_HELD = 2048  # that stay on chip in the backward of more slots than a block holds, 1024 at a time
 
 
@@ -46,9 +49,10 @@ def unsupported_reason(
         return reason
     if (reason := _extension.why_not()) is not None:
         return reason
-    if query.shape[2] < LEAST_SLOTS:
+    if query.shape[2] < LEAST_SLOTS and key.shape[2] < LEAST_TOKENS:
         return (
-            f"query must have at least {LEAST_SLOTS} slots, got {query.shape[2]}: for fewer, Triton's kernels are ahead"
+            f"there must be at least {LEAST_SLOTS} slots or {LEAST_TOKENS} tokens, got {query.shape[2]} and "
+            f"{key.shape[2]}: for fewer, Triton's kernels are ahead"
         )
     channels = _extension.load().memory_read_max_channels
     if query.shape[3] > channels:
@@ -61,8 +65,10 @@ def _chunk_forward(tokens: int, heads: int, slots: int, channels: int, device: t
     keep the GPU busy with the heads of a batch of one.
     """
     tile = _extension.load().memory_write_forward_tokens
-    rows = -(-slots // tile) * tile
+    rows = -(-slots // ROWS) * ROWS
     least = rows * (CHUNK_OF_SLOT if channels <= 64 else WIDE_CHUNK_OF_SLOT)
+    if slots <= ROWS:  # one tile of rows, whose tokens no other reads again: the sums' traffic is what counts
+        least = max(least, slots * WIDE_CHUNK_OF_SLOT)
     return chunk_of_tokens(tokens, least, tile, tiles.multiprocessors(device) // heads)
 
 
@@ -214,6 +220,8 @@ def _over_tokens_held(
 
 def _way_over_tokens(slots: int, tokens: int, channels: int) -> tuple[Callable | None, int]:
     """`(the function that goes over the tokens, partial results)`; None where Triton's kernels do."""
+    if slots < LEAST_SLOTS:
+        return None, 0
     if tokens and slots <= _extension.load().memory_write_backward_slots:
         return _over_tokens, -(-tokens // _chunk(tokens, channels))
     # a block of the read's that is alone would take delta from the weights, which are without the slot's own
