@@ -4,22 +4,27 @@ compiled, and ours, with the budgets between replay and full back-propagation.
     python benchmarks/rollout.py --out benchmarks/results/rollout_h200.json --plot docs/images/rollout.png
     python benchmarks/rollout.py --shapes small --skip compiled,budget
 
-A time is the median of wall times from the first call to the end of the last kernel, gradients set to None before;
-"queued" is that of rollouts that follow one another without a wait, as in training, where the host prepares the next
-one meanwhile, and sets gradients to None. "busy" is the sum of the kernels' times, some of which may run side by side,
-profiled at the end. Peak memory is what a rollout adds to the model and its segments, gradients and cuBLAS workspaces
-included: what the allocator hands out at most, and what recorded graphs hold beside it all the time.
+Each runs in a process of its own. A time is the median of wall times from the first call to the end of the last
+kernel, gradients set to None before; "queued" is that of rollouts that follow one another without a wait, as in
+training, where the host prepares the next one meanwhile, and sets gradients to None. "busy" is the sum of the kernels'
+times, some of which may run side by side, profiled at the end. Peak memory is what a rollout adds to the model and its
+segments, gradients and cuBLAS workspaces included: what the allocator hands out at most, and what recorded graphs hold
+beside it all the time.
 """
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import plain_memformer as plain
 import torch
@@ -81,56 +86,61 @@ SHAPES = {
 }
 FRACTIONS = (0.0, 0.25, 0.5, 1.0)  # of the graphs of a rollout: budgets
 HORIZONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MOST_PLAIN = 64  # of them that plain rollouts are timed at
 PROFILED = ("plain bptt", "ours replay")
 
 
-def rollouts(shape: Shape, skip: list[str]) -> Iterator[tuple[str, Make]]:
-    """Names, and what builds the model and its rollout: one stands at a time."""
+def of_plain(shape: Shape, method: str, *, compiled: bool = False) -> tuple[torch.nn.Module, Callable[[], None]]:
     segments = shape.segments()
+    model = shape.plain().to(CUDA, torch.bfloat16)
+    cell = torch.compile(model, dynamic=False) if compiled else model
 
-    def of_plain(method: str, compiled: bool) -> Make:
-        def make() -> tuple[torch.nn.Module, Callable[[], None]]:
-            torch.manual_seed(0)
-            model = shape.plain().to(CUDA, torch.bfloat16)
-            cell = torch.compile(model, dynamic=False) if compiled else model
+    def run() -> None:
+        plain.METHODS[method](cell, segments, model.initial_memory(shape.batch))
 
-            def run() -> None:
-                plain.METHODS[method](cell, segments, model.initial_memory(shape.batch))
+    return model, run
 
-            return model, run
 
-        return make
+def of_ours(shape: Shape, *, graphs: bool = True, **options) -> tuple[torch.nn.Module, Callable[[], None]]:
+    segments = shape.segments()
+    model = shape.ours().to(CUDA, torch.bfloat16)
+    cell = CapturedCell(model.cell) if graphs else model.cell
 
-    def of_ours(wrap: Callable, shape: Shape = shape, **options) -> Make:
-        def make() -> tuple[torch.nn.Module, Callable[[], None]]:
-            torch.manual_seed(0)
-            model = shape.ours().to(CUDA, torch.bfloat16)
-            cell = wrap(model.cell)
+    def run() -> None:
+        start = model.initial_memory(shape.batch)
+        memory_replay(cell, segments, start, reduction="mean", **options)[0].backward()
 
-            def run() -> None:
-                start = model.initial_memory(shape.batch)
-                memory_replay(cell, segments, start, reduction="mean", **options)[0].backward()
+    return model, run
 
-            return model, run
 
-        return make
-
-    for method in plain.METHODS:
-        yield f"plain {method}", of_plain(method, False)
+def rollouts(shape: Shape) -> dict[str, Make]:
+    """By name."""
+    runs = {f"plain {method}": functools.partial(of_plain, shape, method) for method in plain.METHODS}
     for method in ("bptt", "replay"):
-        yield f"compiled {method}", of_plain(method, True)
-    yield "ours bptt, no graphs", of_ours(lambda cell: cell, method="bptt")
-    yield "ours replay, no graphs", of_ours(lambda cell: cell)
-    yield "ours replay", of_ours(CapturedCell)
+        runs[f"compiled {method}"] = functools.partial(of_plain, shape, method, compiled=True)
+    runs["ours bptt, no graphs"] = functools.partial(of_ours, shape, graphs=False, method="bptt")
+    runs["ours replay, no graphs"] = functools.partial(of_ours, shape, graphs=False)
+    runs["ours replay"] = functools.partial(of_ours, shape)
     for recompute in ("none", "all"):
         other = dataclasses.replace(shape, recompute=recompute)
-        yield f"ours replay, recompute {recompute}", of_ours(CapturedCell, other)
-    whole = 0 if "budget" in skip else graphs_of_a_rollout(shape)
-    for fraction in FRACTIONS if whole else ():
-        yield (
-            f"ours, budget {whole * fraction / MIB:.0f} MiB",
-            of_ours(CapturedCell, activation_budget=int(whole * fraction)),
-        )
+        runs[f"ours replay, recompute {recompute}"] = functools.partial(of_ours, other)
+    return runs
+
+
+def budgets(shape: Shape) -> dict[str, Make]:
+    """Rollouts by budget, to all graphs of one."""
+    whole = apart(graphs_of_a_rollout, shape)
+    found = {}
+    for budget in (int(whole * fraction) for fraction in FRACTIONS):
+        found[f"ours, budget {budget / MIB:.0f} MiB"] = functools.partial(of_ours, shape, activation_budget=budget)
+    return found
+
+
+def apart(function: Callable, *arguments: Any) -> Any:
+    """What the function returns, from a process of its own: a rollout of ours takes 5 % longer in a process that has
+    run a plain one."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def graphs_of_a_rollout(shape: Shape) -> int:
@@ -148,23 +158,16 @@ def graphs_of_a_rollout(shape: Shape) -> int:
     return (kept(3) - kept(2)) * shape.horizon
 
 
-def build(make: Make) -> tuple[torch.nn.Module, Callable[[], None], Callable[[], None]]:
-    """The model, a rollout, and a rollout whose gradients are none from before."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):  # of the run before
-        torch._C._cuda_clearCublasWorkspaces()
+def measure(make: Make, repeats: int, *, profiles: bool = False) -> dict:
+    """Figures of a rollout, in a process that has run no other."""
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
     model, run = make()
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         run()
 
-    return model, run, step
-
-
-def measure(make: Make, repeats: int) -> dict:
-    model, run, step = build(make)
     torch.cuda.synchronize()
     idle = torch.cuda.memory_allocated()
     started = time.perf_counter()
@@ -194,7 +197,7 @@ def measure(make: Make, repeats: int) -> dict:
         step()
     torch.cuda.synchronize()
     queued = (time.perf_counter() - started) / len(walls)
-    return {
+    figures = {
         "ms": round(statistics.median(walls) * 1e3, 2),
         "queued_ms": round(queued * 1e3, 2),
         "host_ms": round(statistics.median(hosts) * 1e3, 2),
@@ -202,13 +205,11 @@ def measure(make: Make, repeats: int) -> dict:
         "peak_MiB": round(peak / MIB),
         "held_MiB": round(sum(s["total_size"] for s in pools) / MIB),
     }
+    return figures | profiled(step) if profiles else figures
 
 
-def profiled(make: Make) -> dict:
-    """The sum of the kernels' times. After all that is timed, as the profiler stays in the process."""
-    _, _, step = build(make)
-    step()
-    step()
+def profiled(step: Callable[[], None]) -> dict:
+    """The sum of the kernels' times."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         step()
         torch.cuda.synchronize()
@@ -216,16 +217,22 @@ def profiled(make: Make) -> dict:
     return {"busy_ms": round(sum(e.duration_ns() for e in found) / 1e6, 2), "kernels": len(found)}
 
 
-def over_horizons(shape: Shape, repeats: int) -> list[dict]:
+def over_horizons(shape: Shape, run: str, horizons: Sequence[int], repeats: int) -> list[dict]:
     """Time and peak memory as the horizon grows."""
     rows = []
-    for horizon in HORIZONS:
+    for horizon in horizons:
+        gc.collect()
+        torch.cuda.empty_cache()
+        if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):  # of the rollout before
+            torch._C._cuda_clearCublasWorkspaces()
         longer = dataclasses.replace(shape, horizon=horizon)
-        for name, make in rollouts(longer, ["budget"]):
-            if name == "ours replay" or name in ("plain bptt", "plain checkpoint", "plain replay") and horizon <= 64:
-                rows.append({"horizon": horizon, "run": name} | measure(make, repeats))
-                print(json.dumps(rows[-1]), flush=True)
+        rows.append({"horizon": horizon, "run": run} | measure(rollouts(longer)[run], repeats))
+        print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def machine() -> dict:
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
 
 
 def main() -> None:
@@ -240,38 +247,35 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("rollout: needs a GPU; a CPU measures nothing here")
-    torch.set_float32_matmul_precision("high")
     skip = options.skip.split(",") if options.skip else []
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
     report = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"shapes": {}}
-    report |= machine
+    report |= apart(machine)
     asked = f"--shapes {options.shapes} --skip {options.skip!r} --only {options.only!r} --repeats {options.repeats}"
     command = {"command": f"python benchmarks/rollout.py {asked}" + " --horizons" * options.horizons}
-    to_profile: list[tuple[dict, Make]] = []
     for name in options.shapes.split(",") if options.shapes else ():
         shape, rows = SHAPES[name], []
         print(f"{name}: {dataclasses.asdict(shape)}", flush=True)
-        for run, make in rollouts(shape, skip):
+        runs = rollouts(shape)
+        if "budget" not in skip and (options.only in "ours, budget" or "budget" in options.only):
+            runs |= budgets(shape)
+        for run, make in runs.items():
             if any(part in run for part in skip) or options.only not in run:
                 continue
             try:
-                row = {"run": run} | measure(make, options.repeats)
-                to_profile += [(row, make)] * (run in PROFILED)
-            except (RuntimeError, torch.OutOfMemoryError) as error:  # one that fails does not take the others along
+                row = {"run": run} | apart(functools.partial(measure, profiles=run in PROFILED), make, options.repeats)
+            except RuntimeError as error:  # one that fails does not take the others along
                 row = {"run": run, "failed": str(error).splitlines()[0]}
-            torch._dynamo.reset()
             rows.append(row)
             print(json.dumps(row), flush=True)
         report["shapes"][name] = {"shape": dataclasses.asdict(shape), **command, "rows": rows}
         _write(options, report)
     if options.horizons:
-        rows = over_horizons(SHAPES["long"], 1)
-        report["horizons"] = {"shape": dataclasses.asdict(SHAPES["long"]), **command, "rows": rows}
-        _write(options, report)
-    for row, make in to_profile:
-        row |= profiled(make)
-        print(json.dumps(row), flush=True)
-        _write(options, report)
+        shape, rows = SHAPES["long"], []
+        report["horizons"] = {"shape": dataclasses.asdict(shape), **command, "rows": rows}
+        for run in ("ours replay", "plain bptt", "plain checkpoint", "plain replay"):
+            horizons = [h for h in HORIZONS if h <= MOST_PLAIN or run == "ours replay"]
+            rows += apart(over_horizons, shape, run, horizons, 1)
+            _write(options, report)
 
 
 def _write(options: argparse.Namespace, report: dict) -> None:

@@ -1,6 +1,8 @@
 """What `benchmarks/rollout.py` compares with: plain rollouts whose methods agree."""
 
+import dataclasses
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,26 @@ def test_plain_methods_have_the_same_gradients(decoder):
     for name in ("checkpoint", "replay"):
         for grad, want in zip(found[name], found["bptt"], strict=True):
             torch.testing.assert_close(grad, want, rtol=1e-12, atol=1e-15)
+
+
+def test_what_is_measured_runs_in_a_process_of_its_own():
+    import rollout
+
+    assert len({os.getpid(), rollout.apart(os.getpid), rollout.apart(os.getpid)}) == 3
+    with pytest.raises(RuntimeError, match="process"):
+        rollout.apart(os.abort)
+
+
+def test_rollouts_can_be_handed_to_a_process():
+    import rollout
+
+    shape = rollout.SHAPES["small"]
+    for make in rollout.rollouts(shape).values():
+        assert pickle.loads(pickle.dumps(make)).args[0] in (shape, *recomputing(shape))
+
+
+def recomputing(shape):
+    return (dataclasses.replace(shape, recompute=level) for level in ("none", "all"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it would measure")
