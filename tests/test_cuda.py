@@ -166,7 +166,6 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
         ("memory_write", dict(slots=70, tokens=64, width=20, bias=False)),
         ("memory_write", dict(slots=66, tokens=1, carried_dtype=torch.float32)),
         ("memory_write", dict(slots=70, tokens=300, width=8, masked=0.95)),  # also the forward in chunks
-        ("memory_write", dict(slots=40, tokens=300, width=8, masked=0.4)),  # only the forward, in chunks
         ("memory_write", dict(slots=129, tokens=130, width=16, carried_dtype=torch.float32)),  # only the forward
         ("memory_write", dict(slots=140, tokens=150, width=20, masked=0.4)),  # tokens stay on chip
         ("memory_write", dict(slots=192, tokens=1100, width=8, batch=1)),  # in groups
@@ -176,6 +175,7 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
         ("memory_forget", dict(batch=33)),  # in groups
         ("memory_forget", dict(batch=0)),
         ("memory_read", dict(slots=70, tokens=66, width=72, masked=0.4)),  # the forward, without rounding
+        ("memory_write", dict(slots=40, tokens=300, width=8, masked=0.4)),  # only the forward, in chunks
     ],
 )
 def test_what_python_hands_to_the_kernels_is_right(on_cpu, op, sizes, layout, within_bound):
