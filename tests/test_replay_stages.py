@@ -9,7 +9,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memformer_kernels import Memformer, MemformerConfig, MemformerLM, MemformerLMConfig, explain
-from memformer_kernels.replay import CapturedCell, StagedCell, capture, memory_replay
+from memformer_kernels.replay import CapturedCell, StagedCell, capture, memory_replay, surroundings
 
 pytestmark = pytest.mark.guarantee("G16")
 
@@ -421,6 +421,93 @@ def test_captures_follow_training_replaced_parameters_and_forms():
     check()
     model.layers[0].requires_grad_(False)
     check()
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Forwards that are launched, and looks at what they depend on, in order."""
+    found, run_again, look = [], capture.Capture.run_again, surroundings.Surroundings.of
+    monkeypatch.setattr(capture.Capture, "run_again", lambda c, *a: found.append("launched") or run_again(c, *a))
+    monkeypatch.setattr(surroundings.Surroundings, "of", lambda *a: found.append("looked") or look(*a))
+    return found
+
+
+def test_a_forward_is_launched_before_all_that_it_depends_on_is_looked_at(events):
+    model, segments = _language_model(3)
+    cell = _captured(model.cell)
+    expected = _gradients(model, model.cell, segments, reduction="mean")
+    for order in (["looked", "launched"], ["launched", "looked"], ["launched", "looked"]):
+        events.clear()
+        found = _gradients(model, cell, segments, reduction="mean")
+        assert events == order
+        assert found[0] == pytest.approx(expected[0], rel=1e-12)
+        assert_close(found[1], expected[1], 1e-12)
+    for others in (segments[:2], [tuple(t[:, :2] for t in segment) for segment in segments]):
+        events.clear()
+        _gradients(model, cell, others, reduction="mean")
+        assert events == ["looked", "launched"]
+    events.clear()
+    _gradients(model, cell, others, reduction="sum")
+    assert events == ["looked", "launched"]
+
+
+class _Changing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, segment, state):
+        state = torch.tanh(segment + (2 if self.training else 1) * state @ self.weight)
+        return state.square().mean(), state
+
+
+@pytest.mark.parametrize("change", ["evaluation", "another weight", "a frozen weight", "autocast"])
+def test_what_was_launched_for_nobody_does_no_harm(events, change):
+    torch.manual_seed(0)
+    model, casts = _Changing(), False
+    cell = _captured(model)
+    segments, state = [torch.randn(2, 4) for _ in range(3)], torch.randn(2, 4, requires_grad=True)
+
+    def loss(cell):
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            return memory_replay(cell, segments, state, reduction="mean")[0]
+
+    def backward(loss):
+        """The loss and its gradient."""
+        state.grad = None
+        loss.backward()
+        return {"loss": loss.detach(), "state": state.grad}
+
+    before = backward(loss(model))
+    backward(loss(cell))
+    waiting = loss(cell)  # its backward comes after that of another
+    if change == "evaluation":
+        model.eval()
+    elif change == "another weight":
+        model.weight = nn.Parameter(model.weight.detach() * 2)
+    elif change == "a frozen weight":
+        model.weight.requires_grad_(False)
+    casts = change == "autocast"
+    events.clear()
+    found = backward(loss(cell))
+    assert events == ["launched", "looked", "launched"]
+    assert_close(found, backward(loss(model)), 1e-6)
+    if change in ("evaluation", "autocast"):
+        model.train()
+        assert_close(backward(waiting), before, 1e-6)
+
+
+def test_what_draws_is_not_launched_for_nobody(events):
+    model, segments = _language_model(3, dropout=0.1)
+    cell = _captured(model.cell)
+    for _ in range(2):
+        events.clear()
+        _gradients(model, cell, segments, reduction="mean")
+        assert events == ["looked", "launched"]
+    model.eval()
+    before = torch.get_rng_state()
+    memory_replay(cell, segments, model.initial_memory(2), reduction="mean")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @every_way

@@ -142,6 +142,8 @@ def _replay(
         captured, modules, cell = None if strict or random_sources else cell, cell.modules, cell.cell
     else:
         modules = modules_of(cell)
+    if captured is not None:
+        captured.launch(segments, state, activation_budget, weight)
     given = Tree.of((segments if captured is None else captured.chunks(segments), state))
     surroundings = Surroundings.of(modules, given.tensors(), random_sources)
     parameters = surroundings.modules.parameters

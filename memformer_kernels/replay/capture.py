@@ -16,7 +16,7 @@ from memformer_kernels.replay.graph_random import GraphRandom
 from memformer_kernels.replay.lanes import Lanes
 from memformer_kernels.replay.python_part import python_parts
 from memformer_kernels.replay.rollout import Passes, run_parts
-from memformer_kernels.replay.surroundings import Surroundings, versions_of
+from memformer_kernels.replay.surroundings import Autocast, Surroundings, versions_of
 from memformer_kernels.replay.tape import Grads, NoTape
 from memformer_kernels.replay.totals import sums_of
 from memformer_kernels.replay.tree import Tree, as_leaf
@@ -31,6 +31,8 @@ class Store:
     """All captures of one cell, in one pool of memory."""
 
     captures: list["Capture"] = field(default_factory=list)
+    latest: "Capture | None" = None  # that served a forward
+    ahead: "Ahead | None" = None
     pool: tuple | None = None
     pending: object = None  # the ticket of the forward that left in the pool what its backward needs
     device: torch.device | None = None
@@ -45,10 +47,42 @@ class Store:
         """Forgets everything where the parameters are not those of the captures."""
         addresses = [(id(p), p.data_ptr(), p.requires_grad) for p in parameters]
         if addresses != self.addresses or device != self.device:
-            self.captures, self.pending, self.device, self.addresses = [], None, device, addresses
+            self.captures, self.latest, self.ahead, self.pending = [], None, None, None
+            self.device, self.addresses = device, addresses
             self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
             self.aliases = {p: torch.nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
             self.originals = {alias: p for p, alias in self.aliases.items()}
+
+
+@dataclass
+class Form:
+    """What a capture was made for, besides the parameters."""
+
+    spec: Any
+    leaves: list[tuple]
+    grad: bool
+    asked: int | float | None  # the budget
+    weight: float | None
+    training: tuple[bool, ...] = ()  # of the modules
+    autocast: Autocast | None = None
+
+    @classmethod
+    def of(cls, arguments: Tree, *rest: Any) -> "Form":
+        return cls(arguments.spec, [_form_of(leaf) for leaf in arguments.leaves], torch.is_grad_enabled(), *rest)
+
+
+def _form_of(leaf: Any) -> tuple:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
+    return type(leaf), leaf
+
+
+@dataclass
+class Ahead:
+    """A forward that was launched before all that it depends on was looked at."""
+
+    capture: "Capture"
+    result: Tree
 
 
 class Capture:
@@ -62,7 +96,7 @@ class Capture:
         cell: Callable,
         store: Store,
         surroundings: Surroundings,
-        form: tuple,
+        form: Form,
         arguments: Tree,
         *,
         budget: int | None,
@@ -78,9 +112,9 @@ class Capture:
         self._grads: list[Tensor | None] = []
         self._passes: Passes | None = None
         self._sizes: dict[str, int] = {}  # graphs hold a little more in a capture, which must not change the groups
-        self._draws, calls = self._try(arguments)
+        self.draws, calls = self._try(arguments)
         if self.store.device.type == "cuda":
-            graph_random = GraphRandom(self.store.device, calls if self._draws else 0)
+            graph_random = GraphRandom(self.store.device, calls if self.draws else 0)
             self.surroundings = dataclasses.replace(surroundings, random=graph_random)
             # a rollout without gradients draws once: from the default generator, which moves on by itself
             self.random = graph_random if graph_random.generators else None
@@ -93,7 +127,8 @@ class Capture:
     def run(self, arguments: Tree) -> tuple[Tree, tuple | None]:
         """The result, and where the random state stood before."""
         began = None if self.random is None else self.random.here()
-        result = self.run_again(arguments, began)
+        ahead, self.store.ahead, self.store.latest = self.store.ahead, None, self
+        result = ahead.result if ahead and ahead.capture is self else self.run_again(arguments, began)
         if self.random is not None:
             self.random.move_on(began)
         copies = _copies(result.tensors())
@@ -126,7 +161,7 @@ class Capture:
         parts = python_parts(self.cell, self.surroundings, self.budget, count=True, sizes=self._sizes)
         if not torch.is_grad_enabled():
             return Tree.of(run_parts(NoTape(), parts, *arguments.whole(), budget=self.budget))
-        lanes = self._lanes() if recorded and not self._draws else Lanes()  # which would draw in another order
+        lanes = self._lanes() if recorded and not self.draws else Lanes()  # which would draw in another order
         self._passes = Passes(parts, self.surroundings, self.budget, self.weight, lanes=lanes, once=True)
         return self._passes.forward(arguments.cut(), {})
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memformer_kernels.replay.capture import Capture, NotCapturable, Store
+from memformer_kernels.replay.capture import Ahead, Capture, Form, NotCapturable, Store
 from memformer_kernels.replay.surroundings import Surroundings, modules_of
 from memformer_kernels.replay.tape import Grads
 from memformer_kernels.replay.totals import Totals
@@ -74,6 +74,18 @@ class CapturedCell:
         size = -(-len(segments) // -(-len(segments) // self.segments_per_graph))
         return [segments[t : t + size] for t in range(0, len(segments), size)]
 
+    def launch(self, segments: list, state: Any, asked: int | float | None, weight: float | None) -> None:
+        """Launches the forward that served the last rollout, if this one looks like it: the GPU works while all else
+        that a rollout depends on is looked at. Where that has changed, what was launched serves nobody; so it must not
+        draw, which counts."""
+        self._store.ahead, latest = None, self._store.latest
+        if latest is None or latest.draws:
+            return
+        arguments, known = Tree.of((self.chunks(segments)[0], state)), latest.form
+        form = Form.of(arguments, asked, known.weight and weight, known.training, known.autocast)
+        if form == known:
+            self._store.ahead = Ahead(latest, latest.run_again(arguments, None))
+
     def part(self, surroundings: Surroundings, parameters: list[Tensor], **options: Any) -> "CapturedRollout":
         """The part of a rollout whose segments are `chunks`."""
         self._store.follow(parameters, surroundings.devices[0])
@@ -112,9 +124,8 @@ class CapturedRollout:
     ):
         """`budget` in bytes, as it was `asked` for; `weight` as `rollout.Passes` has it."""
         self.cell, self.surroundings, self.store, self.budget, self.weight = cell, surroundings, store, budget, weight
+        self.asked = asked
         self.parameters: list[Tensor] = []
-        training = tuple(module.training for module in surroundings.modules.owners)
-        self._rest_of_form = training, surroundings.autocast, torch.is_grad_enabled(), asked, weight
 
     def run_only(self, arguments: Tree) -> Tree:
         return self._capture(arguments).run(arguments)[0]
@@ -137,7 +148,8 @@ class CapturedRollout:
 
     def _capture(self, arguments: Tree) -> Capture:
         """The capture that serves these arguments: made now if there is none."""
-        form = arguments.spec, [_leaf_form(leaf) for leaf in arguments.leaves], self._rest_of_form
+        training = tuple(module.training for module in self.surroundings.modules.owners)
+        form = Form.of(arguments, self.asked, self.weight, training, self.surroundings.autocast)
         capture = next((c for c in self.store.captures if c.form == form), None)
         if capture is None:
             self.store.pending = None
@@ -145,7 +157,3 @@ class CapturedRollout:
             capture = Capture(self.cell, self.store, self.surroundings, form, arguments, **options)
             self.store.captures.append(capture)
         return capture
-
-
-def _leaf_form(leaf: Any) -> tuple:
-    return (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else (type(leaf), leaf)

@@ -109,6 +109,38 @@ def side_by_side() -> list[dict]:
     return rows
 
 
+def changes() -> list[dict]:
+    """Between two rollouts of one form: the second is launched before it is known what has changed."""
+    torch.manual_seed(0)
+    model, segments = language_model(0.0)
+    captured, options = CapturedCell(model.cell, always=True), dict(reduction="mean")
+
+    def another_weight():
+        model.head.weight = torch.nn.Parameter(model.head.weight.detach() * 2)
+
+    def fewer_segments():
+        del segments[-1]
+
+    rows = []
+    changing = dict(
+        nothing=lambda: None,
+        evaluation=model.eval,
+        autocast=lambda: options.update(autocast=True),
+        another_weight=another_weight,
+        a_frozen_weight=lambda: model.embedding.weight.requires_grad_(False),
+        a_budget=lambda: options.update(activation_budget=10**9),
+        fewer_segments=fewer_segments,
+    )
+    for name, change in changing.items():
+        gradients(model, captured, segments, **options)
+        gradients(model, captured, segments, **options)
+        change()
+        expected, found = (gradients(model, cell, segments, **options) for cell in (model.cell, captured))
+        same = all(found[n] is None if e is None else torch.equal(found[n], e) for n, e in expected.items())
+        rows.append({"check": f"after a change of {name.replace('_', ' ')}", "same_bits": same, "ok": same})
+    return rows
+
+
 def fallback() -> list[dict]:
     """A cell that makes the host wait cannot be captured: it runs in Python, and PyTorch is as it was."""
     linear = torch.nn.Linear(16, 16).to(CUDA)
@@ -165,7 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of replay.json")
     out = parser.parse_args().out
     rows = [*rollouts(language_model), *rollouts(encoder_decoder), *recomputed(), *side_by_side()]
-    rows += [*fallback(), *graphs_are_let_go()]
+    rows += [*changes(), *fallback(), *graphs_are_let_go()]
     for row in rows:
         print("ok    " if row["ok"] else "FAILED", json.dumps({k: v for k, v in row.items() if k != "ok"}), flush=True)
     report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": rows}
