@@ -384,10 +384,11 @@ class _Overwritten(capture.Recording):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("horizon", [4, 5])  # graphs of one length, and a shorter one
 @every_model
-def test_a_long_rollout_in_several_graphs(make, reduction, monkeypatch):
+def test_a_long_rollout_in_several_graphs(make, horizon, reduction, monkeypatch):
     monkeypatch.setattr(capture, "Recording", _Overwritten)
-    model, segments = make(5)
+    model, segments = make(horizon)
     cell = CapturedCell(model.cell, segments_per_graph=2, always=True)
     expected = _gradients(model, _plain(model), segments, method="bptt", reduction=reduction)
     for _ in range(2):
@@ -396,7 +397,7 @@ def test_a_long_rollout_in_several_graphs(make, reduction, monkeypatch):
         assert_close(found[1], expected[1], 1e-12)
     with torch.no_grad():
         outputs, memory = memory_replay(cell, segments, model.initial_memory(2), reduction=reduction)
-    assert memory.shape == (2, 3, 8) and (reduction == "mean" or len(outputs) == 5)
+    assert memory.shape == (2, 3, 8) and (reduction == "mean" or len(outputs) == horizon)
 
 
 def test_captures_follow_training_replaced_parameters_and_forms():

@@ -18,8 +18,8 @@ from memformer_kernels.ops.per_head import new_per_head
 from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import LOG2_E
 
-LEAST_SLOTS = 65  # for fewer, Triton's backward is ahead, and so is its forward up to
-LEAST_TOKENS = 512
+LEAST_SLOTS = 65  # for fewer, Triton's backward is ahead,
+LEAST_TOKENS = 512  # and for fewer of these its forward
 # Tokens that a sum is over, at least: of heads up to 64 channels, and wider ones. Forward, for a slot.
 CHUNK_OF_SLOT, WIDE_CHUNK_OF_SLOT = 8, 16
 CHUNK, WIDE_CHUNK = 512, 1024
@@ -67,7 +67,7 @@ def _chunk_forward(tokens: int, heads: int, slots: int, channels: int, device: t
     tile = _extension.load().memory_write_forward_tokens
     rows = -(-slots // ROWS) * ROWS
     least = rows * (CHUNK_OF_SLOT if channels <= 64 else WIDE_CHUNK_OF_SLOT)
-    if slots <= ROWS:  # one tile of rows, whose tokens no other reads again: the sums' traffic is what counts
+    if slots <= ROWS:  # memory is the bound, and sums are an eighth of its traffic then
         least = max(least, slots * WIDE_CHUNK_OF_SLOT)
     return chunk_of_tokens(tokens, least, tile, tiles.multiprocessors(device) // heads)
 
