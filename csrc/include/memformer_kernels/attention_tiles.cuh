@@ -37,6 +37,7 @@ struct AttentionTraits {
   static constexpr int kShared = 1024 + 2 * kQueryTile + 2 * kStages * kKeyTile + 8 * (4 + 4 * kStages) +
                                  (kMasked ? kStages * (8 + 8 + kKeys / 8) : 0) +
                                  (kOwn ? kQueryTile + 8 + 8 + 8 + 4 * kRows : kOutputPanels * kQueryPanel);
+  static_assert(kBlocks * (kShared + 1024) <= 228 * 1024, "of a multiprocessor, which keeps 1 KB of each block's");
 };
 
 // What TMA copies: boxes of a block's rows, of a tile of keys, and of the rows of a warp.
