@@ -13,7 +13,7 @@ cudaError_t launch_at_width(const MemoryWriteForwardParams& params) {
   using Two = AttentionTraits<T, kWidth, kTokens, kStages, 2, kMasked, true>;
   using Three = AttentionTraits<T, kWidth, kTokens, kStages, 3, kMasked, true>;
   const int64_t chunks = ceil_div(params.L, params.chunk), heads = params.B * params.H * chunks;
-  const int groups = fastest_groups<One>(params.M, heads, params.multiprocessors, kNarrow ? 3 : 2);
+  const int groups = fastest_groups(params.M, heads, params.multiprocessors, kNarrow ? 3 : 2, One::kBlocks);
   if (groups == 1) return launch_attention_forward<One, MemoryWriteForward>(params, chunks);
   if constexpr (kNarrow) {
     if (groups == 3) return launch_attention_forward<Three, MemoryWriteForward>(params, chunks);

@@ -257,17 +257,11 @@ GROUPS = """
 
 #include "memformer_kernels/attention_forward.cuh"
 
-using namespace memformer_kernels;
-
-template <int kWidth>
-int groups(int64_t rows, int64_t heads, int most) {
-  return fastest_groups<AttentionTraits<__half, kWidth, 128, 2, 1, false, true>>(rows, heads, 132, most);
-}
-
 int main() {
-  std::cout << groups<64>(128, 64, 3) << groups<64>(128, 512, 3) << groups<64>(1024, 512, 3) << groups<64>(32, 512, 3)
-            << groups<64>(180, 89, 3) << ' ' << groups<128>(128, 64, 2) << groups<128>(96, 768, 2)
-            << groups<128>(64, 768, 2) << std::endl;
+  const auto narrow = [](int rows, int heads) { return memformer_kernels::fastest_groups(rows, heads, 132, 3, 2); };
+  const auto wide = [](int rows, int heads) { return memformer_kernels::fastest_groups(rows, heads, 132, 2, 1); };
+  std::cout << narrow(128, 64) << narrow(128, 512) << narrow(1024, 512) << narrow(32, 512) << narrow(180, 89) << ' '
+            << wide(128, 64) << wide(96, 768) << wide(64, 768) << std::endl;
 }
 """
 

@@ -432,16 +432,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 #endif
 }
 
-// Groups of a block, at most so many, that go over the rows of all heads in the least time. A row has the same bits in
-// any.
-template <typename OneGroup>
-int fastest_groups(int64_t rows, int64_t heads, int64_t multiprocessors, int most) {
+// Groups of a block, at most so many, that go over the rows of all heads in the least time; `sharing` blocks of one group
+// fit a multiprocessor. A row has the same bits in any.
+inline int fastest_groups(int64_t rows, int64_t heads, int64_t multiprocessors, int most, int sharing) {
   constexpr int kTimes[] = {20, 29, 37};  // that a multiprocessor takes with so many groups, in proportion
   int fastest = most;
   int64_t least = INT64_MAX;
   for (int groups = most; groups > 0; --groups) {
     const int64_t tiles = ceil_div<int64_t>(rows, groups * kGroupRows) * heads;
-    const int blocks = groups == 1 && tiles > multiprocessors ? OneGroup::kBlocks : 1;
+    const int blocks = groups == 1 && tiles > multiprocessors ? sharing : 1;
     const int64_t time = ceil_div(tiles, blocks * multiprocessors) * kTimes[groups * blocks - 1];
     if (time < least) {
       least = time;
