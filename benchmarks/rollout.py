@@ -241,7 +241,9 @@ def main() -> None:
     parser.add_argument("--skip", default="", help="leave out runs whose name contains one of these: compiled,budget")
     parser.add_argument("--only", default="", help="only runs whose name contains this")
     parser.add_argument("--repeats", type=int, default=5, help="rollouts timed at least, for half a second; default 5")
-    parser.add_argument("--horizons", action="store_true", help="also time and memory over 1 to 256 segments")
+    parser.add_argument(
+        "--horizons", action="store_true", help="also time and memory over 1 to 256, a process a method"
+    )
     parser.add_argument("--out", type=Path, help="write the figures here, in the place of those of the same shapes")
     parser.add_argument("--plot", type=Path, help="draw them here (needs matplotlib)")
     options = parser.parse_args()

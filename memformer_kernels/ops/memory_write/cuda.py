@@ -19,7 +19,7 @@ from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import LOG2_E
 
 LEAST_SLOTS = 65  # for fewer, Triton's backward is ahead,
-LEAST_TOKENS = 512  # and for fewer of these its forward
+LEAST_TOKENS = 512  # and for fewer of these its forward as fast
 # Tokens that a sum is over, at least: of heads up to 64 channels, and wider ones. Forward, for a slot.
 CHUNK_OF_SLOT, WIDE_CHUNK_OF_SLOT = 8, 16
 CHUNK, WIDE_CHUNK = 512, 1024
@@ -52,7 +52,7 @@ def unsupported_reason(
     if query.shape[2] < LEAST_SLOTS and key.shape[2] < LEAST_TOKENS:
         return (
             f"there must be at least {LEAST_SLOTS} slots or {LEAST_TOKENS} tokens, got {query.shape[2]} and "
-            f"{key.shape[2]}: for fewer, Triton's kernels are ahead"
+            f"{key.shape[2]}: fewer are left to Triton's kernels"
         )
     channels = _extension.load().memory_read_max_channels
     if query.shape[3] > channels:
