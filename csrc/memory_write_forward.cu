@@ -8,8 +8,8 @@ namespace {
 template <typename T, bool kMasked, int kWidth>
 cudaError_t launch_at_width(const MemoryWriteForwardParams& params) {
   constexpr bool kNarrow = kWidth <= 64;
-  constexpr int kTokens = kMemoryWriteForwardTokens, kStages = kNarrow ? 3 : 2;
-  using One = AttentionTraits<T, kWidth, kTokens, 2, 1, kMasked, true>;
+  constexpr int kTokens = kMemoryWriteForwardTokens, kStages = kWidth < 128 ? 3 : 2;
+  using One = AttentionTraits<T, kWidth, kTokens, kNarrow ? 2 : kStages, 1, kMasked, true>;  // two share their memory
   using Two = AttentionTraits<T, kWidth, kTokens, kStages, 2, kMasked, true>;
   using Three = AttentionTraits<T, kWidth, kTokens, kStages, 3, kMasked, true>;
   const int64_t chunks = ceil_div(params.L, params.chunk), heads = params.B * params.H * chunks;

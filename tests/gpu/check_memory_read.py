@@ -59,6 +59,7 @@ def check_bound(dtype):
     shapes += [(64, 2100, 64), (128, 2100, 64)]  # one tile of tokens, which groups of slots hand on at once
     shapes += [(64, 300, 9000), (96, 300, 9000), (64, 128, 9000), (96, 100, 9000)]  # more than one chunk of tokens
     shapes += [(64, 100, 2500), (20, 128, 2500), (128, 128, 1100), (8, 65, 1100)]
+    shapes += [(80, 96, 200), (96, 80, 1000), (72, 150, 129), (96, 192, 700), (80, 280, 200), (96, 200, 1000)]
     for i, (width, slots, tokens) in enumerate(shapes):
         amplitude, masked = (0.1, 1.0, 3.0)[i % 3], 0.3 if tokens in (1100, 2500) else (0, 0, 0.3, 0.9)[i % 4]
         heads = 40 if tokens == 64 else 3  # more than run at a time
@@ -72,7 +73,7 @@ def check_bound(dtype):
 
 def check_layouts(dtype):
     """G11, and the two ways of copying: the bits of contiguous tensors in every layout, saved or not."""
-    for width, slots in ((64, 330), (96, 330), (64, 100), (96, 128)):
+    for width, slots in ((64, 330), (96, 330), (64, 100), (96, 128), (80, 170)):
         case = case_of(dtype, slots=slots, tokens=150, width=width)
         grad = cotangent(case)
         assert same_bits(run(case, grad).output, infer(case)), "what is saved changes the output"
@@ -95,6 +96,8 @@ def check_hidden(dtype):
         (128, 128, 130),
         (64, 100, 1100),
         (80, 100, 1100),
+        (96, 90, 700),
+        (80, 170, 130),
         (96, 330, 130),
         (128, 200, 700),
     ):
@@ -153,6 +156,7 @@ def check_batch(dtype):
     """G7, G8: a row has the same bits alone, and a hundred times over."""
     shapes = (64, 520, 333), (64, 520, 1000), (128, 520, 333), (64, 128, 2500), (128, 96, 333)
     shapes += (64, 500, 1000), (64, 300, 600), (96, 100, 1100), (128, 256, 1100)  # held for several tiles of tokens
+    shapes += (96, 256, 1100), (96, 150, 600)
     for i, (width, slots, tokens) in enumerate(shapes):
         sizes = dict(slots=slots, tokens=tokens, width=width, masked=(0, 0.3)[i % 2])
         cuda_checks.batches(run, case_of(dtype, batch=40, heads=8, **sizes))
@@ -232,8 +236,9 @@ def small_calls(dtype):
     for width, masked in ((64, 0), (20, 0), (128, 0), (80, 0.3)):
         for slots in (100, 325):
             run(case_of(dtype, batch=1, heads=2, slots=slots, tokens=330, width=width, masked=masked))
-    for masked in (0, 0.3):  # more tiles than multiprocessors: slots held for several
-        infer(case_of(dtype, batch=1, heads=70, slots=200, tokens=330, width=128, masked=masked))
+    for masked in (0, 0.3):  # more tiles than multiprocessors: slots held for several, but for the last
+        for width, slots in ((128, 200), (96, 200), (80, 170)):
+            infer(case_of(dtype, batch=1, heads=70, slots=slots, tokens=330, width=width, masked=masked))
 
 
 CHECKS = (

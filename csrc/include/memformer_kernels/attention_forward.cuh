@@ -25,7 +25,7 @@ __device__ __forceinline__ void copy_rows(uint32_t target, const CUtensorMap& ma
   barrier_arrive_expecting(full, Traits::kPanels * kPanelBytes);
 #pragma unroll
   for (int p = 0; p < Traits::kPanels; ++p) {
-    copy_tile<kOnce>(target + p * kPanelBytes, &map, full, p * kPanelColumns, first, at.head, at.batch);
+    copy_tile<kOnce>(target + p * kPanelBytes, &map, full, p * Traits::kPanelColumns, first, at.head, at.batch);
   }
 }
 
@@ -100,8 +100,8 @@ template <typename Traits, typename Op>
 __device__ __forceinline__ void attention_mask(const typename Op::Params& params, const AttentionWork& work,
                                                AttentionShared<Traits> shared) {
   const AttentionTiles tiles = attention_tiles<Traits, Op>(params, work);
-  constexpr int kWords = Traits::kKeys / kWarpSize;
-  constexpr int kRowVectors = kPanelRowBytes / 16, kRowsAtOnce = kWarpSize / kRowVectors;
+  constexpr int kWords = Traits::kWords, kOfKeys = Traits::kKeys / kWarpSize;
+  constexpr int kRowVectors = Traits::kPanelRowBytes / 16, kRowsAtOnce = kWarpSize / kRowVectors;
   const int lane = threadIdx.x % kWarpSize;
   Ring<Traits::kStages> values;
 #pragma unroll 1
@@ -117,7 +117,7 @@ __device__ __forceinline__ void attention_mask(const typename Op::Params& params
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         const int key = i * Traits::kKeys + w * kWarpSize + lane;
-        visible[w] = __ballot_sync(0xffffffffu, key < at.keys && mask[key * stride]);
+        visible[w] = w < kOfKeys ? __ballot_sync(0xffffffffu, key < at.keys && mask[key * stride]) : visible[w - 1];
         all = all && visible[w] == 0xffffffffu;
       }
       barrier_wait(shared.value_empty(values.place), values.parity ^ 1);
@@ -134,14 +134,14 @@ __device__ __forceinline__ void attention_mask(const typename Op::Params& params
       if (!all) {
         const uint32_t value = shared.value(values.place) + lane * 16;
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) {
+        for (int w = 0; w < kOfKeys; ++w) {
           const uint32_t rows = visible[w] >> lane / kRowVectors;
 #pragma unroll
           for (int row = 0; row < kWarpSize; row += kRowsAtOnce) {
             if (rows >> row & 1) continue;
 #pragma unroll
             for (int p = 0; p < Traits::kPanels; ++p) {
-              store_shared_zero(value + p * Traits::kKeyPanel + (w * kWarpSize + row) * kPanelRowBytes);
+              store_shared_zero(value + p * Traits::kKeyPanel + (w * kWarpSize + row) * Traits::kPanelRowBytes);
             }
           }
         }
@@ -169,7 +169,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
                                                   int group) {
   using T = typename Traits::T;
   const AttentionTiles tiles = attention_tiles<Traits, Op>(params, work);
-  constexpr int kKeys = Traits::kKeys, kWidth = Traits::kWidth;
+  constexpr int kKeys = Traits::kKeys, kWidth = Traits::kWidth, kRowBytes = Traits::kPanelRowBytes;
   constexpr int kKeySteps = kKeys / 16, kWidthSteps = kWidth / 16;
   constexpr bool kTakesTurns = Traits::kGroups > 1;
   const bool elected = threadIdx.x % kWarpSize == 0;
@@ -187,24 +187,26 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
   bool keeps = attention_keeps_keys<Traits, Op>(params, work, tiles, tile + 1);  // the keys that logits are taken of
 
   const auto issue_logits = [&] {
-    const uint64_t a = tile_descriptor(shared.query(queries.place) + group * kGroupRows * kPanelRowBytes, 0);
-    const uint64_t b = tile_descriptor(shared.key(keys.place), 0);
+    const uint64_t a = tile_descriptor<kRowBytes>(shared.query(queries.place) + group * kGroupRows * kRowBytes, 0);
+    const uint64_t b = tile_descriptor<kRowBytes>(shared.key(keys.place), 0);
 #pragma unroll
     for (int k = 0; k < kWidthSteps; ++k) {
-      const int panel = k / 4, inside = k % 4 * 32;
+      const int panel = k * 32 / kRowBytes, inside = k * 32 % kRowBytes;
       product<T, kAlongSum, kAlongSum>(s, a + ((panel * Traits::kQueryPanel + inside) >> 4),
                                        b + ((panel * Traits::kKeyPanel + inside) >> 4), k > 0);
     }
   };
   const auto issue_output = [&](bool adds) {
-    const uint64_t b = tile_descriptor(shared.value(values.place), Traits::kKeyPanel);
+    const uint64_t b = tile_descriptor<kRowBytes>(shared.value(values.place), Traits::kKeyPanel);
 #pragma unroll
-    for (int k = 0; k < kKeySteps; ++k) product<T, kAcrossSum>(out, p + 4 * k, b + (k * 2048 >> 4), k > 0 || adds);
+    for (int k = 0; k < kKeySteps; ++k) {
+      product<T, kAcrossSum>(out, p + 4 * k, b + (k * 16 * kRowBytes >> 4), k > 0 || adds);
+    }
   };
   // Logits of one tile of keys into weights relative to the new maximum; what the sums so far shrink by.
   const auto softmax = [&](int key_tile, int all_keys, bool first, float(&shrink)[2]) {
     bool masked = first && all_keys % kKeys != 0;  // the last keys come first
-    [[maybe_unused]] uint32_t visible[kKeys / kWarpSize];
+    [[maybe_unused]] uint32_t visible[Traits::kWords];
     if (first) {
       sums.top[0] = sums.top[1] = Traits::kMasked ? -INFINITY : kLeastLogit;
       sums.total[0] = sums.total[1] = 0.0f;
@@ -214,7 +216,7 @@ __device__ __forceinline__ void attention_compute(const typename Op::Params& par
       bool seen = false;
       masked = false;
 #pragma unroll
-      for (int w = 0; w < kKeys / kWarpSize; w += 2) {  // by the lane that later says that they may be overwritten
+      for (int w = 0; w < Traits::kWords; w += 2) {  // by the lane that later says that they may be overwritten
         const float2 words = elected ? load_shared2(shared.visible(keys.place) + 4 * w) : float2{};
         visible[w] = __shfl_sync(0xffffffffu, __float_as_uint(words.x), 0);
         visible[w + 1] = __shfl_sync(0xffffffffu, __float_as_uint(words.y), 0);
@@ -457,7 +459,8 @@ cudaError_t launch_attention_forward(const typename Op::Params& params, int64_t 
   AttentionMaps maps{};
   const auto map = [&](CUtensorMap* map, const Strided<4>& tensor, int64_t rows, int box) {
     if (error == cudaSuccess) {
-      error = make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box);
+      error = make_tensor_map(map, params.dtype, tensor, params.B, params.H, rows, params.D, box,
+                              Traits::kPanelColumns);
     }
   };
   map(&maps.query, params.query, Op::rows(params), Traits::kRows);

@@ -15,11 +15,12 @@ struct AttentionTraits {
   using T = T_;
   static constexpr int kWidth = kWidth_;    // channels of a head's tile
   static constexpr int kKeys = kKeys_;      // of a tile
+  static constexpr int kWords = ceil_div(kKeys, 64) * 2;  // of a bit for each; where one is left over, the last twice
   static constexpr int kStages = kStages_;  // tiles of keys on their way
   static constexpr int kGroups = kGroups_;
   static constexpr bool kMasked = kMasked_;  // whether some keys may be hidden
   static constexpr bool kOwn = kOwn_;        // whether a row has an entry of its own beside the keys
-  static constexpr bool kHolds = kWidth == 128 && !kOwn;  // whether keys that fit stay: slower at narrow heads
+  static constexpr bool kHolds = kGroups == 2 && !kOwn;  // whether keys that fit stay: more groups lack registers for it
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   static constexpr int kBlocks = kGroups == 1 && kWidth == 64 ? 2 : 1;  // that share a multiprocessor
@@ -28,14 +29,16 @@ struct AttentionTraits {
   static constexpr int kRegisters = 65536 / (kBlocks * kThreads) / 8 * 8 * (kGroups + 1);
   static constexpr int kCopyRegisters = kGroups >= 3 ? 32 : 40;
   static constexpr int kComputeRegisters = std::min(240, (kRegisters - kCopyRegisters) / kGroups / 8 * 8);
-  static constexpr int kPanels = ceil_div(kWidth, kPanelColumns);
+  static constexpr int kPanelColumns = kWidth % 64 == 0 ? 64 : 32;
+  static constexpr int kPanelRowBytes = 2 * kPanelColumns;
+  static constexpr int kPanels = kWidth / kPanelColumns;
   static constexpr int kQueryPanel = kRows * kPanelRowBytes;  // bytes
   static constexpr int kKeyPanel = kKeys * kPanelRowBytes;
   static constexpr int kQueryTile = kPanels * kQueryPanel;
   static constexpr int kOutputPanels = 2;  // of which one is filled while the other is stored
   static constexpr int kKeyTile = kPanels * kKeyPanel;
   static constexpr int kShared = 1024 + 2 * kQueryTile + 2 * kStages * kKeyTile + 8 * (4 + 4 * kStages) +
-                                 (kMasked ? kStages * (8 + 8 + kKeys / 8) : 0) +
+                                 (kMasked ? kStages * (8 + 8 + 4 * kWords) : 0) +
                                  (kOwn ? kQueryTile + 8 + 8 + 8 + 4 * kRows : kOutputPanels * kQueryPanel);
   static_assert(kBlocks * (kShared + 1024) <= 228 * 1024, "of a multiprocessor, which keeps 1 KB of each block's");
 };
@@ -52,6 +55,7 @@ template <typename Traits>
 struct AttentionShared {
   static constexpr bool kMasked = Traits::kMasked;
   static constexpr int kPanels = Traits::kPanels, kQueryPanel = Traits::kQueryPanel;
+  static constexpr int kPanelColumns = Traits::kPanelColumns, kPanelRowBytes = Traits::kPanelRowBytes;
   uint32_t base;
   __device__ uint32_t query(int i) const { return base + i * Traits::kQueryTile; }
   __device__ uint32_t key(int i) const { return query(2) + i * Traits::kKeyTile; }
@@ -71,7 +75,7 @@ struct AttentionShared {
     return Traits::kMasked ? value_empty(Traits::kStages + i) : value_full(i);
   }
   __device__ uint32_t visible_full(int i) const { return value_copied(Traits::kStages + i); }
-  __device__ uint32_t visible(int i) const { return visible_full(Traits::kStages) + i * Traits::kKeys / 8; }
+  __device__ uint32_t visible(int i) const { return visible_full(Traits::kStages) + i * 4 * Traits::kWords; }
   __device__ uint32_t own_full() const {
     return Traits::kMasked ? visible(Traits::kStages) : value_empty(Traits::kStages);
   }

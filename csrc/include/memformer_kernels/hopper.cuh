@@ -359,30 +359,38 @@ __device__ __forceinline__ void give_registers() {
 
 // -- Matrix products of a warpgroup ----------------------------------------------------------------------------------
 //
-// 16-bit tiles lie in shared memory as TMA's 128-byte swizzle leaves them: rows of 64 elements, 128 bytes, eight of
-// which, 1024 bytes, are an atom. Wider tiles are panels of 64 columns, one after the other.
+// 16-bit tiles lie in shared memory as TMA's swizzle leaves them, in panels one after the other: of 64 columns, whose
+// rows are 128 bytes, or of 32. Eight rows are an atom.
 
 constexpr int kPanelColumns = 64;
-constexpr int kPanelRowBytes = 128;
+constexpr int kPanelRowBytes = 2 * kPanelColumns;
 
-// How a product finds a tile. `panel`: bytes between panels of 64 columns, which only a product over the rows looks at.
+// What moves the vectors of 16 bytes in a row: vector i is at place i ^ row_swizzle(row).
+template <int kRowBytes = kPanelRowBytes>
+__device__ __forceinline__ int row_swizzle(int row) {
+  return row / (128 / kRowBytes) % (kRowBytes / 16);
+}
+
+// How a product finds a tile. `panel`: bytes between panels, which only a product over the rows looks at.
+template <int kRowBytes = kPanelRowBytes>
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t panel) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kAtoms = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kAtoms | uint64_t{panel >> 4} << 16 | (address & 0x3ffff) >> 4;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr uint64_t kSwizzle = uint64_t{kRowBytes == 128 ? 1 : 2} << 62, kAtoms = uint64_t{8 * kRowBytes >> 4} << 32;
+  return kSwizzle | kAtoms | uint64_t{panel >> 4} << 16 | (address & 0x3ffff) >> 4;
 }
 
 // A warp's rows of what a product gave, in 16 bits, as many blocks of it as a panel takes, into the panel whose rows
 // begin at `target`. word(i, r): elements i and i + 1 of the product, which are in the upper rows, r = 0, or the lower.
-template <typename Word>
+template <int kRowBytes = kPanelRowBytes, typename Word>
 __device__ __forceinline__ void store_blocks(uint32_t target, int blocks, const Word& word) {
   const int lane = fresh(threadIdx.x) % kWarpSize, row = lane % kWarpRows;
 #pragma unroll
-  for (int block = 0; block < kPanelRowBytes / 16; block += 2) {
+  for (int block = 0; block < kRowBytes / 16; block += 2) {
     if (block >= blocks) break;
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[i] = word(4 * block + 2 * i, i % 2);
-    store_matrices(target + row * kPanelRowBytes + ((block + lane / 16) ^ row % 8) * 16, words);
+    store_matrices(target + row * kRowBytes + ((block + lane / 16) ^ row_swizzle<kRowBytes>(row)) * 16, words);
   }
 }
 

@@ -41,19 +41,20 @@ struct MemoryReadForward {
     const auto store = [&](const CUtensorMap& map, bool rounding) {
 #pragma unroll
       for (int p = 0; p < Shared::kPanels; ++p) {
-        const int place = (rounding * Shared::kPanels + p) % 2;
-        const uint32_t target = shared.output(place) + first * kPanelRowBytes;
-        if (rounding && Shared::kPanels == 2 && lane == 0) store_wait<1>();
+        const int panel = rounding * Shared::kPanels + p;
+        const uint32_t target = shared.output(panel % 2) + first * Shared::kPanelRowBytes;
+        if (panel >= 2 && lane == 0) store_wait<1>();
         __syncwarp();
         const auto word = [&](int i, int r) {
-          const float low = out[32 * p + i] * inv_total[r], high = out[32 * p + i + 1] * inv_total[r];
+          const float* two = out + Shared::kPanelColumns / 2 * p + i;
+          const float low = two[0] * inv_total[r], high = two[1] * inv_total[r];
           const uint32_t rounded = pack<T>(low, high);
           return rounding ? pack<T>(low - unpack<T>(rounded, 0), high - unpack<T>(rounded, 1)) : rounded;
         };
-        store_blocks(target, kCount / 4 - 8 * p, word);
+        store_blocks<Shared::kPanelRowBytes>(target, Shared::kPanelColumns / 8, word);
         fence_async_proxy();
         __syncwarp();
-        if (lane == 0) store_tile(&map, target, p * kPanelColumns, at.row + first, at.head, at.batch);
+        if (lane == 0) store_tile(&map, target, p * Shared::kPanelColumns, at.row + first, at.head, at.batch);
       }
     };
     store(maps.output, false);

@@ -41,11 +41,12 @@ struct MemoryWriteForward {
   template <typename T, typename Shared>
   __device__ __forceinline__ static void own_logit(const Params& params, const AttentionTile& at, int row,
                                                    uint32_t query, uint32_t own_key, const Shared& shared) {
-    constexpr int kPairs = kPanelRowBytes / 8;  // of words
+    constexpr int kRowBytes = Shared::kPanelRowBytes, kPairs = kRowBytes / 8;  // of words
     float sum = 0.0f;
 #pragma unroll 4
     for (int i = 0; i < Shared::kPanels * kPairs; ++i) {
-      const int place = i / kPairs * Shared::kQueryPanel + row * kPanelRowBytes + ((i % kPairs ^ row % 8 * 2) * 8);
+      const int pair = i % kPairs ^ row_swizzle<kRowBytes>(row) * 2;
+      const int place = i / kPairs * Shared::kQueryPanel + row * kRowBytes + pair * 8;
       const float2 q = load_shared2(query + place), k = load_shared2(own_key + place);
       sum = add_products<T>(add_products<T>(sum, q.x, k.x), q.y, k.y);
     }
@@ -87,12 +88,14 @@ struct MemoryWriteForward {
     if (at.chunk > 0) {
       store_rows(acc, step, rows, out, 1.0f, params.D);
     } else if (copies_own(params)) {
+      constexpr int kRowBytes = Shared::kPanelRowBytes, kVectors = kRowBytes / 16;
       const int own_row = first + lane % kWarpRows;
-      const uint32_t own = shared.own() + own_row * kPanelRowBytes;
+      const uint32_t own = shared.own() + own_row * kRowBytes;
 #pragma unroll
       for (int j = 0; j < kCount / 4; j += 2) {  // blocks of eight channels
         uint32_t words[4];
-        load_matrices(words, own + j / 8 * Shared::kQueryPanel + ((j % 8 + lane / 16) ^ own_row % 8) * 16);
+        const int vector = (j % kVectors + lane / 16) ^ row_swizzle<kRowBytes>(own_row);
+        load_matrices(words, own + j / kVectors * Shared::kQueryPanel + vector * 16);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int r = i % 2, block = j + i / 2;

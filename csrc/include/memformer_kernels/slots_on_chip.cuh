@@ -63,7 +63,7 @@ struct SlotGroup {
     const int at = row();
 #pragma unroll
     for (int k = 0; k < Tiles::kWidth / 16; ++k) {
-      load_matrices(rows + 4 * k, tile + at * kPanelRowBytes + ((2 * k + lane / 16) ^ at % 8) * 16);
+      load_matrices(rows + 4 * k, tile + at * kPanelRowBytes + ((2 * k + lane / 16) ^ row_swizzle(at)) * 16);
     }
   }
   // Rows of [slots, tokens], rounded.
@@ -71,7 +71,7 @@ struct SlotGroup {
     const int at = fresh(row());
 #pragma unroll
     for (int k = 0; k < Tiles::kTokens / 16; ++k) {
-      store_matrices(tile + at * kPanelRowBytes + ((2 * k + lane / 16) ^ at % 8) * 16, scores + 4 * k);
+      store_matrices(tile + at * kPanelRowBytes + ((2 * k + lane / 16) ^ row_swizzle(at)) * 16, scores + 4 * k);
     }
   }
 
