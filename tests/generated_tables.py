@@ -77,7 +77,8 @@ def rollout_runs() -> str:
     for name, part in _result("rollout_h200")["shapes"].items():
         for row in part["rows"]:
             times = (_ms(row[key]) if key in row else "" for key in ("ms", "queued_ms", "busy_ms"))
-            rows.append((name, row["run"].replace("ours, budget", "ours replay, budget"), *times, row["peak_MiB"]))
+            run = row["run"].replace("ours, budget", "ours replay, budget") + ", earlier" * row.get("earlier", False)
+            rows.append((name, run, *times, row["peak_MiB"]))
     return _table(("shape", "run", "ms", "queued ms", "busy ms", "peak MiB"), rows)
 
 
