@@ -239,6 +239,20 @@ def test_a_budget_saves_as_many_segments_as_it_holds():
     assert replayed(None) == 7
 
 
+def test_a_budget_holds_where_segments_grow():
+    module, runs = nn.Linear(6, 6, dtype=F64), []
+
+    def cell(x, state):
+        runs.append(x)
+        made = torch.tanh(module(x) + state)
+        return made.sum(), made.mean(0, keepdim=True)
+
+    segments = [normal(rows, 6, seed=rows + t) for rows in (2, 200) for t in range(4)]
+    outputs, _ = memory_replay(cell, segments, normal(1, 6), activation_budget=2 * 200 * 6 * 8 + 1000)
+    torch.stack(outputs).sum().backward()
+    assert len(runs) - 8 == 6, "two of the large ones fit"
+
+
 def test_what_the_forward_made_is_let_go_by_the_backward():
     """Though the loss is still there: features' gradients and sums too, that the forward made already."""
     model, segments = _language_model(4)

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Count:
-    """Bytes that graphs made in a block hold, each storage once, without those of known tensors."""
+    """Bytes that graphs hold, each storage once, without those of known tensors and parameters."""
 
     def __init__(self, known: Sequence[Tensor]):
         self._known = {_address(t) for t in known if t.layout == torch.strided}
@@ -29,6 +29,14 @@ class Count:
         return tensor.detach()  # an output saved as it is would keep its own graph alive
 
 
+@contextlib.contextmanager
+def counting(known: Sequence[Tensor]) -> Iterator[Count]:
+    """Counts what graphs made in the block hold, at a call for each tensor saved."""
+    count = Count(known)
+    with torch.autograd.graph.saved_tensors_hooks(count.add, lambda tensor: tensor):
+        yield count
+
+
 LARGE_GROUP = 2**26  # bytes of graphs of segments at once: more are no faster
 LARGE_GRAPH = 2**27  # bytes of a segment's graph, of work that fills a GPU: beside another it is no faster
 
@@ -40,14 +48,12 @@ class Keeper:
     """
 
     def __init__(self, budget: int | None, *, count: bool):
-        self.budget, self._count = budget, count or budget is not None
+        self.budget, self.counts = budget, count or budget is not None  # whether it asks how large graphs are
         self._kept: deque[tuple[Any, int]] = deque()
         self._bytes = self._last = 0
 
-    @contextlib.contextmanager
-    def counting(self, known: Sequence[Tensor], *, passing_bytes: int | None = None) -> Iterator[Count]:
-        """Makes room for a graph as large as the last, and counts what the one made in the block holds, besides `known`
-        and parameters: where somebody asked for it, since it costs a call for each tensor saved.
+    def expect(self, *, passing_bytes: int | None = None) -> None:
+        """Makes room for a graph as large as the last.
 
         Of one that is never kept it may be known how many it holds of a segment, `passing_bytes`: without a budget a
         last graph that is not large, and larger, stays beside it.
@@ -55,12 +61,6 @@ class Keeper:
         beside = passing_bytes is not None and self.budget is None and passing_bytes <= self._last <= LARGE_GRAPH
         if not beside:
             self._make_room(self._last)
-        count = Count(known if self._count else ())
-        if not self._count:
-            yield count
-            return
-        with torch.autograd.graph.saved_tensors_hooks(count.add, lambda tensor: tensor):
-            yield count
 
     def keep(self, record: Any, size: int) -> None:
         """Keeps `record.graph`, if that is not too much."""
