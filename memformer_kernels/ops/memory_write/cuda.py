@@ -109,12 +109,16 @@ def forward(
     extension = _extension.load()
 
     def attend(acc: Tensor, statistics: Tensor) -> None:
+        top, step = statistics.data_ptr(), parts * B * H * M * statistics.element_size()  # views would take longer
         with _extension.on_device(query.device):
             extension.memory_write_forward(
                 _extension.dtype(query.dtype),
                 _extension.dtype(slots.dtype),
                 *map(_extension.strided, (*given, token_mask)),
-                *map(_extension.address, (acc, *statistics.split((parts, parts, 1)))),
+                acc.data_ptr(),
+                top,
+                top + step,
+                top + 2 * step,
                 B,
                 H,
                 tokens,
