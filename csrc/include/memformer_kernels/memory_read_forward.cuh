@@ -20,10 +20,11 @@ struct MemoryReadForward {
     map(&maps.rounding, heads_of_rows(params.rounding, params.L, params.H, params.D), params.L, kWarpRows);
   }
 
-  // Of a warp's rows of the tile, from `first` on: this thread's part of the sum of weight * value is in `out`.
+  // Of a warp's rows of the tile, from `first` on: this thread's part of the sum of weight * value is in `out`, and its
+  // place is used, as registers are few.
   template <typename T, int kCount, typename Shared>
   __device__ __forceinline__ static void store(const Params& params, const AttentionMaps& maps, const AttentionTile& at,
-                                               int first, const AttentionSums& sums, const float (&out)[kCount],
+                                               int first, const AttentionSums& sums, float (&out)[kCount],
                                                const Shared& shared) {
     const int lane = fresh(threadIdx.x) % kWarpSize;
     float inv_total[2];
@@ -37,6 +38,8 @@ struct MemoryReadForward {
             sums.seen(r) ? lse : 0.0f;
       }
     }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] *= inv_total[i / 2 % 2];
     if (lane == 0) store_wait<0>();  // the last tile's, long done
     const auto store = [&](const CUtensorMap& map, bool rounding) {
 #pragma unroll
@@ -45,11 +48,10 @@ struct MemoryReadForward {
         const uint32_t target = shared.output(panel % 2) + first * Shared::kPanelRowBytes;
         if (panel >= 2 && lane == 0) store_wait<1>();
         __syncwarp();
-        const auto word = [&](int i, int r) {
+        const auto word = [&](int i, int) {
           const float* two = out + Shared::kPanelColumns / 2 * p + i;
-          const float low = two[0] * inv_total[r], high = two[1] * inv_total[r];
-          const uint32_t rounded = pack<T>(low, high);
-          return rounding ? pack<T>(low - unpack<T>(rounded, 0), high - unpack<T>(rounded, 1)) : rounded;
+          const uint32_t rounded = pack<T>(two[0], two[1]);
+          return rounding ? pack<T>(two[0] - unpack<T>(rounded, 0), two[1] - unpack<T>(rounded, 1)) : rounded;
         };
         store_blocks<Shared::kPanelRowBytes>(target, Shared::kPanelColumns / 8, word);
         fence_async_proxy();
