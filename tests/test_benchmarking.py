@@ -308,6 +308,24 @@ def test_a_run_measures_everything_and_says_so_as_it_goes(pretend_gpu, small_sui
     assert "Pretend GPU, copy 4.25 TB/s" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("op", "mask", "length"), [("memory_read", "slot_mask", "M"), ("memory_write", "token_mask", "L")]
+)
+def test_hidden_slots_or_tokens_are_hidden_by_a_mask(op, mask, length, pretend_gpu, small_suite):
+    case, grad = inputs.make_input(
+        SMALL[op], torch.float64, CPU, layout="contiguous", temperature=0.5, seed=0, hidden=0.4
+    )
+    shown = case.tensors[mask]
+    assert shown.shape == (SMALL[op].B, getattr(SMALL[op], length)) and 0 < shown.sum() < shown.numel()
+    expected = testing.run(case, "eager", grad).tensors()
+    found = inputs.reference(case, grad, SMALL[op]).tensors()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    measured, _, _ = run(small_suite, measure.Settings(dtype=torch.float32, hidden=0.4), op=op)
+    assert all(list(row["results"]) == [OURS] and row["results"][OURS]["ms"] == 1.0 for row in measured["rows"])
+    with pytest.raises(ValueError, match="must be of the same hidden"):
+        report.joined(run(small_suite, op=op)[0] | {"command": ""}, measured | {"command": ""})
+
+
 def test_the_backward_and_the_gradients_are_checked(pretend_gpu, small_suite):
     measured, _, _ = run(small_suite, which="backward", op="write")
     (row,) = measured["rows"]

@@ -13,13 +13,21 @@ CHUNK_BYTES = 2**30
 
 
 def make_input(
-    shape: Shape, dtype: torch.dtype, device: torch.device, *, layout: str, temperature: float, seed: int
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    layout: str,
+    temperature: float,
+    seed: int,
+    hidden: float = 0.0,
 ) -> tuple[Case, Tensor]:
     """Standard normal tensors of a call, and a gradient of its output.
 
     Args:
         layout: of the [B, H, L, D] tensors: "contiguous", or "transposed", a view of [B, L, H, D] as a projection
             gives it.
+        hidden: share of the slots (`memory_read`) or tokens (`memory_write`) that a mask hides; 0 passes no mask.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -32,8 +40,14 @@ def make_input(
         return normal(shape.B, shape.H, length, shape.D)
 
     B, L, M, C = shape.B, shape.L, shape.M, shape.H * shape.D
+    def mask(name: str, length: int) -> dict[str, Tensor]:
+        if hidden == 0:
+            return {}
+        return {name: torch.rand(shape.B, length, generator=generator, device=device) >= hidden}
+
     if shape.op == "memory_read":
-        return Case(shape.op, {"query": heads(L), "key": heads(M), "value": heads(M)}), heads(L)
+        tensors = {"query": heads(L), "key": heads(M), "value": heads(M), **mask("slot_mask", M)}
+        return Case(shape.op, tensors), heads(L)
     if shape.op == "memory_forget":
         return Case(shape.op, {"slots": normal(B, M, C), "bias": normal(M, C)}), normal(B, M, C)
     tensors = {
@@ -43,6 +57,7 @@ def make_input(
         "key": heads(L),
         "value": heads(L),
         "bias": normal(M, C),
+        **mask("token_mask", L),
     }
     return Case(shape.op, tensors, {"temperature": temperature}), normal(B, M, C)
 
@@ -58,10 +73,11 @@ def bytes_of(case: Case) -> int:
 def reference(case: Case, grad: Tensor, shape: Shape) -> Result:
     """Output and gradients by the eager definition in float64, on the device of the case, some batch rows at a time."""
     rows = max(1, CHUNK_BYTES // (8 * shape.H * shape.M * max(shape.L, shape.D)))
-    outputs, parts = [], {name: [] for name in case.tensors}
+    outputs, parts = [], {name: [] for name, tensor in case.tensors.items() if tensor.is_floating_point()}
     for start in range(0, shape.B, rows):
         part = slice(start, start + rows)
-        chunk = case.replace(**{n: (t if n == "bias" else t[part]).double() for n, t in case.tensors.items()})
+        rows_of = {n: t if n == "bias" else t[part] for n, t in case.tensors.items()}
+        chunk = case.replace(**{n: t.double() if t.is_floating_point() else t for n, t in rows_of.items()})
         result = testing.run(chunk, "eager", grad[part].double())
         outputs.append(result.output)
         for name, gradient in result.grads.items():

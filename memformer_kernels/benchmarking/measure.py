@@ -26,6 +26,7 @@ InputSet = tuple[Case, Tensor]  # a call and the gradient of its output
 class Settings:
     dtype: torch.dtype = torch.bfloat16
     layout: str = "contiguous"
+    hidden: float = 0.0  # share of slots that are not read, of tokens that are not written
     replays: int = 20
     peers: bool = True
     skip: str = ""  # leave out peers whose name contains this
@@ -133,10 +134,11 @@ def _calls(function: Callable, which: str, sets: list[InputSet]) -> timing.Calls
         return [_inference(function, which, case) for case, _ in sets]
     calls, before = [], torch.cuda.memory_allocated()
     for case, grad in sets:
-        case = case.map(lambda t: t.detach().requires_grad_())
+        case = case.map(lambda t: t.detach().requires_grad_(t.is_floating_point()))
         forward = partial(function, **case.tensors, **case.options)
         output = forward()
-        backward = partial(torch.autograd.grad, output, tuple(case.tensors.values()), grad, retain_graph=True)
+        wanted = tuple(t for t in case.tensors.values() if t.requires_grad)
+        backward = partial(torch.autograd.grad, output, wanted, grad, retain_graph=True)
         calls.append(backward if which == BACKWARD else forward)
         kept = (torch.cuda.memory_allocated() - before) / (len(calls) if which == BACKWARD else 1)
         del output, backward

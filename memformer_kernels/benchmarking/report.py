@@ -40,6 +40,7 @@ def joined(before: dict | None, report: dict) -> dict:
         return report
     for name, was, now in (
         *((name, before.get(name), report[name]) for name in ("dtype", "layout")),
+        ("hidden", before.get("hidden", 0.0), report["hidden"]),
         *((name, before["machine"].get(name), report["machine"][name]) for name in SAME_MACHINE),
     ):
         if was != now:

@@ -61,6 +61,7 @@ def machine(content: dict) -> str:
     parts = [about.get("gpu") or about.get("device") or ""]
     parts += [f"{name} {about[name]}" for name in ("torch", "triton", "cuda", "cudnn") if about.get(name)]
     parts += [str(about[name]) for name in ("dtype", "layout") if about.get(name)]
+    parts += [f"{about['hidden']:g} hidden"] if about.get("hidden") else []
     return ", ".join(part for part in parts if part)
 
 

@@ -45,6 +45,7 @@ def run(
     report = {
         "dtype": str(settings.dtype).removeprefix("torch."),
         "layout": settings.layout,
+        "hidden": settings.hidden,
         "rates": asdict(suite.rates),
     }
     report |= {"rows": [], "overhead": [], "stopped": None}
@@ -149,7 +150,7 @@ def _measure_shape(
 
 def _implementations(op: str, settings: Settings) -> list[Implementation]:
     """Ours, and the chosen peers."""
-    peers = PEERS[op] if settings.peers else []
+    peers = PEERS[op] if settings.peers and not settings.hidden else []  # each has its own form of masks
     chosen = [peer for peer in peers if not settings.skip or settings.skip not in peer.name]
     return [ours(op, _device(), settings.backend), *chosen]
 
@@ -214,7 +215,7 @@ def _measure_overhead(suite: Suite, op: str, settings: Settings, progress) -> li
 
 
 def _make(suite: Suite, shape: Shape, settings: Settings) -> Callable[..., InputSet]:
-    options = {"layout": settings.layout, "temperature": suite.temperature}
+    options = {"layout": settings.layout, "temperature": suite.temperature, "hidden": settings.hidden}
     return partial(inputs.make_input, shape, settings.dtype, _device(), **options)
 
 

@@ -27,6 +27,7 @@ def bench(
     shapes: list[str],
     dtype: str,
     layout: str,
+    hidden: float,
     quick: bool,
     peers: bool,
     skip: str,
@@ -39,6 +40,8 @@ def bench(
         raise ValueError(f"bench: --dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if layout not in inputs.LAYOUTS:
         raise ValueError(f"bench: --layout must be one of {', '.join(inputs.LAYOUTS)}, got {layout!r}")
+    if not 0 <= hidden < 1:
+        raise ValueError(f"bench: --hidden must be from 0 to below 1, got {hidden:g}")
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"bench: --backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
     loaded = suite.load(suite_file)
@@ -50,7 +53,7 @@ def bench(
         return True
     out.mkdir(parents=True, exist_ok=True)
     replays = QUICK_REPLAYS if quick else Settings.replays
-    settings = Settings(DTYPES[dtype], layout, replays, peers, skip, backend)
+    settings = Settings(DTYPES[dtype], layout, hidden, replays, peers, skip, backend)
     command = shlex.join(["memformer-kernels", *sys.argv[1:]])
     together = {}
 

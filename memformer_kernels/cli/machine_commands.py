@@ -107,6 +107,9 @@ def bench(
     layout: Annotated[
         str, typer.Option(help="Of \\[B, H, L, D] inputs: contiguous, or transposed from \\[B, L, H, D].")
     ] = "contiguous",
+    hidden: Annotated[
+        float, typer.Option(help="Share of slots, of the write tokens, that a mask hides; then without peers.")
+    ] = 0.0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer replays: medians of 7 instead of 20.")] = False,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also time what users would pick today.")] = True,
     skip: Annotated[str, typer.Option(help="Leave out peers whose name contains this, such as Flex.")] = "",
@@ -150,6 +153,7 @@ def bench(
         memformer-kernels bench --op read --pass backward --only M128 --quick
         memformer-kernels bench --shape "B=8 H=8 M=128 L=4096 D=64"
         memformer-kernels bench --op write --backend triton --no-peers --out triton
+        memformer-kernels bench --op read --hidden 0.3 --out hidden
         memformer-kernels bench --compare before.json after.json --plot compare.png --fail-above 1.05
     """
     if compare is not None:
@@ -169,6 +173,7 @@ def bench(
             shapes=shape or [],
             dtype=dtype,
             layout=layout,
+            hidden=hidden,
             quick=quick,
             peers=peers,
             skip=skip,
