@@ -542,6 +542,7 @@ OPTIONS = dict(
     shapes=[],
     dtype="bfloat16",
     layout="contiguous",
+    hidden=0.0,
     quick=True,
     peers=True,
     skip="",
@@ -573,6 +574,7 @@ def test_the_command_line_hands_its_backend_on():
     [
         ({"dtype": "int8"}, "--dtype must be one of bfloat16, float16, float32"),
         ({"layout": "padded"}, "--layout must be one of contiguous, transposed"),
+        ({"hidden": 1.0}, "--hidden must be from 0 to below 1, got 1"),
         ({"backend": "gpu"}, "--backend must be one of auto, cuda, triton, eager, got 'gpu'"),
         ({"only": "M7"}, "nothing in the suite has"),
         ({"shapes": ["B=2 H=2"]}, "--shape must name B, H, M, L and D"),

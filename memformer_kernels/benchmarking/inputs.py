@@ -40,6 +40,7 @@ def make_input(
         return normal(shape.B, shape.H, length, shape.D)
 
     B, L, M, C = shape.B, shape.L, shape.M, shape.H * shape.D
+
     def mask(name: str, length: int) -> dict[str, Tensor]:
         if hidden == 0:
             return {}
