@@ -11,6 +11,7 @@ that each variant runs once in every round. The ratio is to the first variant; a
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -72,7 +73,9 @@ def table_of(times: dict[str, dict[str, list[float]]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row, by_variant in times.items():
         us = {name: statistics.median(rounds) * 1e3 for name, rounds in by_variant.items()}
-        cells = [f"{us[name]:.1f} ({us[name] / us[first]:.3f})" for name in others]
+        if first not in us:  # a call that only others have
+            us[first] = math.nan
+        cells = [f"{us[name]:.1f} ({us[name] / us[first]:.3f})" if name in us else "" for name in others]
         table.add_row(row, f"{us[first]:.1f}", *cells)
     return table
 

@@ -58,6 +58,15 @@ def test_variants_run_in_turns_and_are_held_to_the_first(tmp_path, monkeypatch, 
     assert "400.0" in (printed := capsys.readouterr().out) and "100.0 (0.250)" in printed
 
 
+def test_calls_that_not_all_variants_have_are_shown():
+    table = variants.table_of({"both": {"a": [1.0], "b": [2.0]}, "old": {"a": [1.0]}, "new": {"b": [2.0]}})
+    assert [list(column.cells) for column in table.columns] == [
+        ["both", "old", "new"],
+        ["1000.0", "1000.0", "nan"],
+        ["2000.0 (2.000)", "", "2000.0 (nan)"],
+    ]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it would measure")
 @pytest.mark.parametrize(
     ("arguments", "says"),
