@@ -322,6 +322,7 @@ def test_hidden_slots_or_tokens_are_hidden_by_a_mask(op, mask, length, pretend_g
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     measured, _, _ = run(small_suite, measure.Settings(dtype=torch.float32, hidden=0.4), op=op)
     assert all(list(row["results"]) == [OURS] and row["results"][OURS]["ms"] == 1.0 for row in measured["rows"])
+    assert measured["overhead"] and not any(row["problem"] for row in measured["overhead"])
     with pytest.raises(ValueError, match="must be of the same hidden"):
         report.joined(run(small_suite, op=op)[0] | {"command": ""}, measured | {"command": ""})
 
@@ -498,6 +499,9 @@ def test_a_target_is_met_missed_or_open():
     assert rows((1.0, 2.0), (1.0, None))["met"] is None
     line = rows((1.0, 4.0), (1.0, 1.0))
     assert line["figures"]["mean_ratio"] == pytest.approx(2.0) and line["figures"]["least_ratio"] == 1.0
+    host = {"op": "memory_read", "implementation": OURS, "forward_us": 9.0, "forward_and_backward_us": None}
+    (line,) = targets.summarise({"rows": [], "overhead": [host]})
+    assert line["figures"] == {"forward_us": 9.0} and line["met"] is None
 
 
 def test_bench_on_a_gpu_writes_its_folder(pretend_gpu, small_suite, monkeypatch, tmp_path, capsys):

@@ -169,6 +169,6 @@ def host_time(implementation: Implementation, shape: Shape, first: InputSet) -> 
 
 
 def _step(function: Callable, case: Case, grad: Tensor) -> Callable[[], object]:
-    case = case.map(lambda t: t.detach().requires_grad_())
-    leaves = tuple(case.tensors.values())
+    case = case.map(lambda t: t.detach().requires_grad_(t.is_floating_point()))
+    leaves = tuple(t for t in case.tensors.values() if t.requires_grad)
     return lambda: torch.autograd.grad(function(**case.tensors, **case.options), leaves, grad)

@@ -44,9 +44,9 @@ def summarise(report: dict) -> list[dict]:
     lines += _forgetting_line(report["rows"])
     for row in report["overhead"]:
         if row["implementation"] == OURS:
-            figures = {name: row[name] for name in ("forward_us", "forward_and_backward_us")}
             asked = {"forward_us": FORWARD_US, "forward_and_backward_us": FORWARD_AND_BACKWARD_US}
-            met = None if None in figures.values() else all(figures[name] <= asked[name] for name in asked)
+            figures = {name: row[name] for name in asked if row[name] is not None}
+            met = all(figures[name] <= asked[name] for name in asked) if len(figures) == len(asked) else None
             lines.append(_line(f"{row['op']} host time of a call", figures, asked, met))
     return lines
 
