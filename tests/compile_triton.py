@@ -156,7 +156,6 @@ def calls(dtype, B, H, M, L, D, masked, allow_tf32=False):
         "gelu forward": lambda: fused.gelu_forward(rows),
         "gelu backward": lambda: fused.gelu_backward(rows, rows, True),
         "memory_read forward": lambda: read.forward(*read_call, *options, True),
-        "memory_read forward, log-sum-exp": lambda: read.forward(*read_call, *options, True, saves_log_sum_exp=True),
         "memory_read backward": read_backward,
         "memory_write forward": lambda: write.forward(*write_call, 0.125, 1e-12, allow_tf32, True),
         "memory_write backward": write_backward,

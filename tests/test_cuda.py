@@ -17,7 +17,7 @@ from layouts import LAYOUTS, contiguous, gaps
 from memformer_kernels.testing import make_case, run
 
 ROOT = Path(__file__).parents[1]
-pytest.importorskip("triton")  # has the forward of few slots, and the stages around the backward of the write
+pytest.importorskip("triton")  # has the stages around the backward of the write
 
 
 def cuda_backend(op):
@@ -157,7 +157,7 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
     [
         ("memory_read", dict(slots=65, tokens=130, masked=0.4)),  # in chunks
         ("memory_read", dict(slots=128, tokens=64, width=20)),
-        ("memory_read", dict(slots=129, tokens=65, masked=0.4)),  # the forward too
+        ("memory_read", dict(slots=129, tokens=65, masked=0.4)),  # with the output
         ("memory_read", dict(slots=330, tokens=70, width=20)),
         ("memory_read", dict(slots=1100, tokens=3, masked=0.4)),  # groups of slots
         ("memory_read", dict(slots=70, tokens=0)),
@@ -174,7 +174,7 @@ def on_cpu(compiled_for_cpu, monkeypatch, nothing_left_over, registered):
         ("memory_write", dict(slots=70, tokens=0)),
         ("memory_forget", dict(batch=33)),  # in groups
         ("memory_forget", dict(batch=0)),
-        ("memory_read", dict(slots=70, tokens=66, width=72, masked=0.4)),  # the forward, without rounding
+        ("memory_read", dict(slots=70, tokens=66, width=72, masked=0.4)),
         ("memory_write", dict(slots=40, tokens=300, width=8, masked=0.4)),  # only the forward, in chunks
     ],
 )

@@ -177,7 +177,7 @@ def read_plan(monkeypatch):
 
     def plan(query, key, aligned=True, slot_mask=None):
         strides = query.stride(), key.stride(), key.stride(), None if slot_mask is None else slot_mask.stride()
-        dtype, options = torch.bfloat16, (0.125, False, aligned, False, False)
+        dtype, options = torch.bfloat16, (0.125, False, aligned, False)
         return read._forward_plan(query.shape, key.shape[2], *strides, dtype, DEVICE, *options)
 
     yield plan

@@ -21,6 +21,7 @@ from memformer_kernels.testing import Case, cotangent, error_bound, make_case, s
 WIDTHS = (8, 20, 64, 80, 96, 128)
 SLOTS = (65, 128, 129, 256, 321, 330, 384, 640, 900, 1024, 2100)  # clusters of every size; three groups of slots
 TOKENS = (1, 63, 64, 129, 200, 1000)
+CROWD = 60  # times the batch
 
 
 def read(**arguments):
@@ -53,13 +54,14 @@ def with_nan(tensor):
 
 
 def check_bound(dtype):
-    """G1: every element of output and gradients within 2 `error_bound`."""
+    """G1: every element of output and gradients within 2 `error_bound`. G7: so in a batch that larger blocks take."""
     worst, count = {}, 0
     shapes = [(w, m, TOKENS[i % 6]) for i, (w, m) in enumerate((w, m) for w in WIDTHS for m in SLOTS)]
     shapes += [(64, 2100, 64), (128, 2100, 64)]  # one tile of tokens, which groups of slots hand on at once
     shapes += [(64, 300, 9000), (96, 300, 9000), (64, 128, 9000), (96, 100, 9000)]  # more than one chunk of tokens
     shapes += [(64, 100, 2500), (20, 128, 2500), (128, 128, 1100), (8, 65, 1100)]
     shapes += [(80, 96, 200), (96, 80, 1000), (72, 150, 129), (96, 192, 700), (80, 280, 200), (96, 200, 1000)]
+    shapes += [(128, 192, 200), (128, 90, 129), (112, 280, 1000), (64, 96, 960), (40, 80, 960)]
     for i, (width, slots, tokens) in enumerate(shapes):
         amplitude, masked = (0.1, 1.0, 3.0)[i % 3], 0.3 if tokens in (1100, 2500) else (0, 0, 0.3, 0.9)[i % 4]
         heads = 40 if tokens == 64 else 3  # more than run at a time
@@ -67,6 +69,9 @@ def check_bound(dtype):
         shares = shares_of_bound(run(case), answer(case), error_bound(case, device="cuda"))
         worst.update({name: max(share, worst.get(name, 0.0)) for name, share in shares.items()})
         assert all(share <= 1 for share in shares.values()), f"D {width} M {slots} L {tokens}: {shares}"
+        crowd = infer(case.map(lambda t: t.repeat(CROWD, *[1] * (t.ndim - 1)))).unflatten(0, (CROWD, 2))
+        alone = infer(case)
+        assert all(same_bits(part, alone) for part in crowd), f"D {width} M {slots} L {tokens}: in a larger batch"
         count += 1
     return {"cases": count, "shares of 2 error_bound": worst}
 
@@ -237,8 +242,10 @@ def small_calls(dtype):
         for slots in (100, 325):
             run(case_of(dtype, batch=1, heads=2, slots=slots, tokens=330, width=width, masked=masked))
     for masked in (0, 0.3):  # more tiles than multiprocessors: slots held for several, but for the last
-        for width, slots in ((128, 200), (96, 200), (80, 170)):
+        for width, slots in ((128, 180), (128, 100), (96, 200), (80, 170), (64, 90), (64, 128)):
             infer(case_of(dtype, batch=1, heads=70, slots=slots, tokens=330, width=width, masked=masked))
+    for slots, tokens in ((250, 256), (128, 384), (90, 384)):
+        infer(case_of(dtype, batch=1, heads=132, slots=slots, tokens=tokens, width=64, masked=0.3))
 
 
 CHECKS = (

@@ -19,11 +19,6 @@ CHUNK = 8192  # tokens that one sum is over in the backward: one row of that man
 CHUNK_ALONE = 1024  # with one block a head: fewer cost a large batch the traffic of more partial results
 
 
-def _forward_is_tritons(slots: int, width: int) -> bool:
-    """Up to 128 slots Triton's kernels hold them too, and are ahead, but for what padding costs heads of 65 to 96."""
-    return slots <= ALONE and not 64 < width <= 96
-
-
 def saves(query: Tensor, key: Tensor) -> tuple[bool, bool]:
     """Whether the backward needs the log-sum-exp, and output and rounding."""
     return True, key.shape[2] > ALONE
@@ -51,30 +46,29 @@ def unsupported_reason(
 def forward(
     query: Tensor, key: Tensor, value: Tensor, slot_mask: Tensor | None, scale: float, allow_tf32: bool, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(output, log_sum_exp, rounding)`, as Triton's: the same function, in other tiles."""
+    """`(output, log_sum_exp, rounding)`, as Triton's; the log-sum-exp with any number of slots."""
     (B, H, L, D), slots = query.shape, key.shape[2]
-    if _forward_is_tritons(slots, D) or query.numel() == 0:
-        return triton.forward(query, key, value, slot_mask, scale, allow_tf32, save, saves_log_sum_exp=slots <= ALONE)
     query, key, value = map(in_vectors, (query, key, value))
     output, log_sum_exp, rounding = new_per_head(query, L), None, None
     if save:
         log_sum_exp = query.new_empty((B, H, L), dtype=torch.float32)
         rounding = new_per_head(query, L) if slots > ALONE else None
-    extension = _extension.load()
-    with _extension.on_device(query.device):
-        extension.memory_read_forward(
-            _extension.dtype(query.dtype),
-            *map(_extension.strided, (query, key, value, slot_mask)),
-            *map(_extension.address, (output, log_sum_exp, rounding)),
-            B,
-            H,
-            L,
-            slots,
-            query.shape[3],
-            scale * LOG2_E,
-            tiles.multiprocessors(query.device),
-            torch._C._cuda_getCurrentRawStream(query.device.index),
-        )
+    if query.numel() > 0:
+        extension = _extension.load()
+        with _extension.on_device(query.device):
+            extension.memory_read_forward(
+                _extension.dtype(query.dtype),
+                *map(_extension.strided, (query, key, value, slot_mask)),
+                *map(_extension.address, (output, log_sum_exp, rounding)),
+                B,
+                H,
+                L,
+                slots,
+                query.shape[3],
+                scale * LOG2_E,
+                tiles.multiprocessors(query.device),
+                torch._C._cuda_getCurrentRawStream(query.device.index),
+            )
     output, rounding = (t if t is None else without_padding(t, D) for t in (output, rounding))
     return output, log_sum_exp, rounding
 

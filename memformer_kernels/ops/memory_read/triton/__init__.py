@@ -69,9 +69,8 @@ def _forward_plan(
     allow_tf32,
     aligned,
     save,
-    log_sum_exp,
 ) -> tuple[bool, bool, launch.Launcher]:
-    """`(whether the backward here needs log_sum_exp and rounding, whether the kernel takes the second, launcher)`."""
+    """`(whether the backward needs log_sum_exp and rounding, whether the kernel takes them, launcher)`."""
     B, H, L, D = shape
     block_d = tiles.head_block(D)
     block_m = tiles.slot_tile(slots, dtype.itemsize, block_d, device)
@@ -114,25 +113,21 @@ def forward(
     scale: float,
     allow_tf32: bool,
     save: bool,
-    *,
-    saves_log_sum_exp: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(output, log_sum_exp, rounding)`: [B, H, L, D]; [B, H, L] in float32; [B, H, L, D]: what the rounding of the
-    output took away. The last two are None without `save`, and where the backward here needs none; but for the first of
-    them with `saves_log_sum_exp`."""
+    output took away. The last two are None without `save`, and where the backward needs none."""
     shape, slots = query.shape, key.shape[2]
     strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
     aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16 == 0
-    options = scale, allow_tf32, aligned, save, save and saves_log_sum_exp
-    saves, with_rounding, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, *options)
+    options = scale, allow_tf32, aligned, save
+    saves, takes_saved, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, *options)
     output, log_sum_exp, rounding = new_per_head(query, shape[2]), None, None
-    if saves or save and saves_log_sum_exp:
+    if saves:
         log_sum_exp = query.new_empty(shape[:3], dtype=torch.float32)
-    if saves and query.dtype != torch.float32:
-        rounding = new_per_head(query, shape[2])
+        rounding = None if query.dtype == torch.float32 else new_per_head(query, shape[2])
     if output.numel() == 0 or slots == 0:
         return output.zero_(), log_sum_exp, rounding
-    run(query, key, value, slot_mask, output, log_sum_exp, *((rounding,) if with_rounding else ()))
+    run(query, key, value, slot_mask, output, *((log_sum_exp, rounding) if takes_saved else ()))
     return output, log_sum_exp, rounding
 
 

@@ -19,7 +19,6 @@ def _memory_read_forward_resident_kernel(
     value,  # [B, H, M, D]
     slot_mask,  # [B, M] or None
     output,  # [B, L, H, D], contiguous
-    log_sum_exp,  # [B, H, L] float32: of the scaled logits, over the scale; or None
     query_strides,
     key_strides,
     value_strides,
@@ -68,11 +67,6 @@ def _memory_read_forward_resident_kernel(
         top = tl.max(s, 1)
         p = tl.exp2((s - top[:, None]) * log2_scale)
         total = tl.sum(p, 1)
-        if log_sum_exp is not None:
-            lse = top + tl.log2(total) / log2_scale
-            if not ALL_SLOTS:
-                lse = tl.where(seen, lse, 0.0)
-            tl.store(log_sum_exp + (batch * H + head) * L + tokens, lse, mask=tokens < L)
         inv_total = 1.0 / total
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inv_total[:, None]
         if not ALL_SLOTS:
