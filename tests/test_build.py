@@ -276,6 +276,67 @@ def test_blocks_have_the_groups_that_leave_the_least_idle(tmp_path):
     assert said == "12313 121\n"
 
 
+FORMS = """
+#include <iostream>
+
+#include "memformer_kernels/memory_read_forms.cuh"
+
+using namespace memformer_kernels;
+
+int main(int count, char** sizes) {
+  const auto form = [](int64_t tokens, int64_t slots, int channels, int64_t heads) {
+    return kMemoryReadForms[fastest_memory_read_form(tokens, slots, channels, heads, 132)];
+  };
+  for (int channels = 8; channels <= 128; channels += 8) {
+    for (int64_t tokens : {1, 64, 65, 128, 200, 256, 384, 512, 1000, 1024, 3000, 1 << 20, 2000000000}) {
+      for (int64_t slots : {65, 96, 97, 128, 192, 200, 256, 288, 300, 384, 512, 1024, 4096, 2000000000}) {
+        const MemoryReadForm alone = form(tokens, slots, channels, 1);
+        if (alone.width < channels) std::cout << "narrower than " << channels << " channels" << std::endl;
+        for (int64_t heads : {2, 8, 64, 500, 4096, 1 << 20}) {
+          const MemoryReadForm other = form(tokens, slots, channels, heads);
+          if (other.width == alone.width && other.slots == alone.slots) continue;
+          std::cout << "other bits with " << heads << " heads: L" << tokens << " M" << slots << " D" << channels
+                    << std::endl;
+        }
+      }
+    }
+  }
+  for (int i = 1; i + 3 < count; i += 4) {
+    const auto size = [&](int place) { return std::stoi(sizes[i + place]); };
+    const MemoryReadForm found = form(size(1), size(2), size(3), size(0));
+    std::cout << found.width << ' ' << found.slots << ' ' << found.groups << std::endl;
+  }
+}
+"""
+# heads, tokens, slots, channels: width and slots of the tile, groups
+FASTEST = {
+    (64, 128, 128, 64): (64, 128, 1),
+    (512, 512, 128, 64): (64, 64, 4),
+    (512, 768, 96, 64): (64, 96, 3),
+    (64, 128, 96, 64): (64, 96, 1),
+    (512, 1024, 1024, 64): (64, 128, 3),
+    (64, 256, 128, 48): (64, 64, 1),
+    (64, 128, 96, 80): (96, 96, 1),
+    (768, 1000, 96, 96): (96, 96, 3),
+    (768, 1000, 128, 96): (96, 128, 2),
+    (768, 512, 384, 80): (96, 96, 3),
+    (64, 128, 128, 112): (128, 128, 1),
+    (128, 4096, 192, 128): (128, 96, 2),
+    (128, 4096, 1024, 128): (128, 128, 2),
+}
+
+
+@needs_nvcc
+@pytest.mark.guarantee("G7")
+def test_a_read_takes_the_fastest_form_with_tiles_that_no_batch_changes(tmp_path):
+    (tmp_path / "forms.cu").write_text(FORMS)
+    command = [nvcc(), "-std=c++20", f"-I{ROOT}/csrc/include", str(tmp_path / "forms.cu")]
+    subprocess.run([*command, "-o", str(tmp_path / "forms")], check=True)
+    sizes = [str(size) for call in FASTEST for size in call]
+    said = subprocess.run([tmp_path / "forms", *sizes], check=True, capture_output=True, text=True).stdout
+    assert said.splitlines() == [" ".join(map(str, form)) for form in FASTEST.values()]
+
+
 @needs_nvcc
 def test_the_command_builds_beside_the_package(tmp_path):
     tree = copy_tree(tmp_path / "tree")
