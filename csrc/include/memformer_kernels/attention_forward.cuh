@@ -434,8 +434,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 #endif
 }
 
-// Groups of a block, at most so many, that go over the rows of all heads in the least time; `sharing` blocks of one group
-// fit a multiprocessor. A row has the same bits in any.
+// Groups of a block, at most so many, that go over the rows of all heads in the least time; `sharing` blocks of one
+// group fit a multiprocessor. A row has the same bits in any.
 inline int fastest_groups(int64_t rows, int64_t heads, int64_t multiprocessors, int most, int sharing) {
   constexpr int kTimes[] = {20, 29, 37};  // that a multiprocessor takes with so many groups, in proportion
   int fastest = most;

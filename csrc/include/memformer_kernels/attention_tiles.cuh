@@ -20,7 +20,7 @@ struct AttentionTraits {
   static constexpr int kGroups = kGroups_;
   static constexpr bool kMasked = kMasked_;  // whether some keys may be hidden
   static constexpr bool kOwn = kOwn_;        // whether a row has an entry of its own beside the keys
-  static constexpr bool kHolds = kGroups == 2 && !kOwn;  // whether keys that fit stay: more groups lack registers for it
+  static constexpr bool kHolds = kGroups == 2 && !kOwn;  // whether keys that fit stay: more groups lack the registers
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
   static constexpr int kBlocks = kGroups == 1 && kWidth == 64 ? 2 : 1;  // that share a multiprocessor

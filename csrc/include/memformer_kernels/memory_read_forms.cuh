@@ -15,8 +15,8 @@ struct MemoryReadForm {
   double row_time, slot_time;        // picoseconds, on an H200 full of blocks: of a row, and of each slot of its tiles
 };
 
-// As many groups as there are registers for, or, for few rows, one. Tiles of fewer slots leave fewer of these empty, and
-// registers for one group more, whose rows may leave fewer empty.
+// As many groups as there are registers for, or, for few rows, one. Tiles of fewer slots leave fewer of these empty,
+// and registers for one group more, whose rows may leave fewer empty.
 constexpr MemoryReadForm kMemoryReadForms[] = {
     {64, 128, 3, 3, 43, 0.50},
     {64, 128, 2, 1, 36, 0.64},
