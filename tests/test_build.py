@@ -340,8 +340,8 @@ def test_a_read_takes_the_fastest_form_with_tiles_that_no_batch_changes(tmp_path
 @needs_nvcc
 def test_the_command_builds_beside_the_package(tmp_path):
     tree = copy_tree(tmp_path / "tree")
-    command = [sys.executable, "-m", "memformer_kernels.cli", "build", "--archs", "90a"]
+    command = [sys.executable, "-m", "memformer_kernels.cli", "build", "--archs", "80"]  # not Hopper's, which take long
     environment = variables(with_nvcc=True) | {"PYTHONPATH": str(tree)}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"memformer_kernels/_C\..*\.so, for 90a, CUDA \d+\.\d+$", done.stdout.strip()), done.stdout
+    assert re.search(r"memformer_kernels/_C\..*\.so, for 80, CUDA \d+\.\d+$", done.stdout.strip()), done.stdout
