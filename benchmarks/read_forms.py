@@ -55,10 +55,10 @@ def with_table(header: str, forms: Sequence[Form]) -> str:
 
 
 def lots(forms: Sequence[Form]) -> list[list[Form]]:
-    """Each form in a lot with at most one of any width; where a width has no more, its first again."""
+    """Each form in a lot with at most one of any width; where a width has no more, one of them again."""
     by_width = {width: [form for form in forms if form.width == width] for width in BATCH}
     most = max(map(len, by_width.values()))
-    return [[of_width[i if i < len(of_width) else 0] for of_width in by_width.values()] for i in range(most)]
+    return [[of_width[i % len(of_width)] for of_width in by_width.values()] for i in range(most)]
 
 
 def shape(form: Form, slots: int) -> str:
@@ -95,7 +95,7 @@ def main() -> None:
     forms = table(header)
     times = []
     with tempfile.TemporaryDirectory() as folder:
-        trees = [Path(folder, f"lot {i}") for i in range(len(lots(forms)))]
+        trees = [Path(folder, f"lot {i + 1}") for i in range(len(lots(forms)))]
         for tree, lot in zip(trees, lots(forms), strict=True):
             variants.lay_out(variants.ROOT, tree)
             (tree / HEADER).write_text(with_table(header, lot))
@@ -103,7 +103,8 @@ def main() -> None:
         with ThreadPoolExecutor() as pool:
             list(pool.map(variants.build, trees))
         for tree, lot in zip(trees, lots(forms), strict=True):
-            print(f"{tree.name}: {', '.join(f'D {f.width} by {f.slots} slots, {f.groups} groups' for f in lot)}")
+            described = (f"D {form.width} by {form.slots} slots, {form.groups} groups" for form in lot)
+            print(f"{tree.name} of {len(trees)}: {'; '.join(described)}", flush=True)
             sizes = [shape(form, slots) for form in lot for slots in SLOTS if slots % form.slots == 0]
             asked = [part for size in sizes for part in ("--shape", re.sub(r"([A-Z])(\d+)", r"\1=\2", size))]
             out = Path(folder, f"of {tree.name}")

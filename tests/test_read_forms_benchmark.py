@@ -35,10 +35,8 @@ def test_every_form_runs_alone_once():
 
 def test_times_are_found_again(tmp_path, monkeypatch, capsys):
     """Of forms that take exactly what they are said to, by a run whose every step but the GPU's is made."""
-    built, true = (
-        [],
-        {form: read_forms.replace(form, row_time=7 + i, slot_time=0.25 + i / 64) for i, form in enumerate(FORMS)},
-    )
+    true = {form: read_forms.replace(form, row_time=7 + i, slot_time=0.25 + i / 64) for i, form in enumerate(FORMS)}
+    built = []
 
     def measure(tree, arguments, out):
         ms = {}

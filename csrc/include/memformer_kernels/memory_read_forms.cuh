@@ -1,7 +1,6 @@
 // memory_read, forward: the forms of its kernel, how long each takes, and which is the fastest for the sizes of a call.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <iterator>
 
