@@ -112,7 +112,7 @@ def main() -> None:
             if options.out:
                 options.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "ms": times}, indent=1) + "\n")
     rows = Table(title="picoseconds, as the table has them and as fitted here", title_justify="left")
-    for name in ("form", "of a row", "of a slot", "of a row, here", "of a slot, here"):
+    for name in ("form", "row", "slot", "row here", "slot here"):
         rows.add_column(name, justify="left" if name == "form" else "right", no_wrap=True)
     measured = fit(forms, times)
     for before, now in zip(forms, measured, strict=True):

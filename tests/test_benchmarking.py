@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import re
@@ -372,6 +373,52 @@ def test_a_peer_that_is_wrong_or_fails_is_named_and_not_timed(pretend_gpu, small
     assert measured["rows"][0]["best_peer"] is None and measured["rows"][0]["ratio"] is None
 
 
+def test_a_peer_that_gives_other_bits_each_time_is_marked(pretend_gpu, small_suite, monkeypatch, capsys):
+    from rich.console import Console
+
+    turns = itertools.count()
+
+    def varies(query, key, value):
+        return peers.plain_read(query, key, value) * (1 + 1e-6 * (next(turns) % 2))
+
+    def varies_backward(query, key, value):
+        return peers.plain_read(query, key, value) + query * 1e-6 * (next(turns) % 2)
+
+    chosen = (peers._plain("varies", varies), peers._plain("backward", varies_backward))
+    monkeypatch.setitem(PEERS, "memory_read", chosen)
+    measured, lines, _ = run(small_suite, op="read")
+    found = {
+        (row["pass"], name): figures["same_bits"]
+        for row in measured["rows"]
+        for name, figures in row["results"].items()
+    }
+    assert all(found[which, OURS] is True and found[which, "varies"] is False for which in suite.PASSES["memory_read"])
+    assert found[BACKWARD, "backward"] is False
+    assert sum("not the same bits each time" in line for line in lines) == sum(not same for same in found.values())
+    report.print_report(measured, [], Console(width=150))
+    out = capsys.readouterr().out
+    assert "varies~" in out and "~: memory_read backward B3 L17 M5 H2 D8, varies: not the same bits each time" in out
+
+
+def test_the_deterministic_mode_is_on_for_the_run_alone(pretend_gpu, small_suite, monkeypatch):
+    seen = set()
+
+    def looks(query, key, value):
+        seen.add((torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory))
+        return peers.plain_read(query, key, value)
+
+    monkeypatch.setitem(PEERS, "memory_read", (peers._plain("looks", looks),))
+    for deterministic in (False, True):
+        settings = measure.Settings(dtype=torch.float32, deterministic=deterministic)
+        measured, _, _ = run(small_suite, settings, op="read")
+        assert seen == {(deterministic, False)} and measured["deterministic"] is deterministic
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        seen.clear()
+    with pytest.raises(ValueError, match=r"must be of the same deterministic \(True\)"):
+        report.joined(measured | {"command": ""}, run(small_suite, op="read")[0] | {"command": ""})
+
+
 def test_a_lost_device_ends_the_run_with_what_there_is(pretend_gpu, small_suite, monkeypatch):
     def breaks(slots, bias):
         def lost():
@@ -551,6 +598,7 @@ OPTIONS = dict(
     peers=True,
     skip="",
     backend="auto",
+    deterministic=False,
     suite_file=None,
 )
 

@@ -18,6 +18,7 @@ MOST_BYTES = 20e9  # of input sets, and again of what their calls keep
 # Largest error over largest value that is called right; float32 may multiply in TF32.
 LIMITS = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 0.005}
 INFERENCE = (FORWARD, NO_BIAS)
+REPEATS = 3  # of a call that must give the same bits
 
 InputSet = tuple[Case, Tensor]  # a call and the gradient of its output
 
@@ -31,6 +32,7 @@ class Settings:
     peers: bool = True
     skip: str = ""  # leave out peers whose name contains this
     backend: str = "auto"  # of ours
+    deterministic: bool = False  # PyTorch's mode in which a call that may give other bits the next time fails
 
 
 class DeviceLost(RuntimeError):
@@ -83,7 +85,8 @@ def measure(
 
 
 def _no_figures(problem: str | None) -> dict:
-    names = ("ms", "method", "note", "host_us", "wall_us", "error", "errors", "sets", "calls", "first_call_s")
+    names = ("ms", "method", "note", "host_us", "wall_us", "error", "errors", "same_bits", "sets", "calls")
+    names = (*names, "first_call_s")
     return {**dict.fromkeys(names), "problem": problem}
 
 
@@ -97,10 +100,11 @@ def _check_and_time(
     figures["first_call_s"] = round(time.perf_counter() - started, 2)
     figures["errors"] = inputs.errors(result, references[which])
     figures["error"] = max(figures["errors"].values(), key=lambda e: (e != e, e))  # NaN is the largest
-    del result
     if not figures["error"] <= LIMITS[settings.dtype]:
         figures["problem"] = f"wrong: error of {figures['error']:.2g} of the largest value"
         return
+    figures["same_bits"] = all(_same_bits(which, result, _result(function, which, sets[0])) for _ in range(REPEATS))
+    del result
     calls = _calls(function, which, sets)
     figures |= {"sets": len(calls), **asdict(timing.device_time(calls, settings.replays))}
     figures |= timing.eager_time(calls, repeats=3 if settings.replays > 10 else 1)
@@ -112,6 +116,13 @@ def _result(function: Callable, which: str, first: InputSet) -> Result:
         return testing.run(case, grad_output=grad, function=function)
     with torch.no_grad():
         return Result(_inference(function, which, case)(), {})
+
+
+def _same_bits(which: str, result: Result, again: Result) -> bool:
+    """Of what the pass is for: the gradients, or the output."""
+    if which == BACKWARD:
+        return all(torch.equal(grad, again.grads[name]) for name, grad in result.grads.items())
+    return torch.equal(result.output, again.output)
 
 
 def _inference(function: Callable, which: str, case: Case) -> Callable[[], Tensor]:

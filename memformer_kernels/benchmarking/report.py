@@ -15,6 +15,7 @@ RESULT_COLUMNS = (
     "host_us",
     "wall_us",
     "error",
+    "same_bits",
     "sets",
     "calls",
     "first_call_s",
@@ -41,6 +42,7 @@ def joined(before: dict | None, report: dict) -> dict:
     for name, was, now in (
         *((name, before.get(name), report[name]) for name in ("dtype", "layout")),
         ("hidden", before.get("hidden", 0.0), report["hidden"]),
+        ("deterministic", before.get("deterministic", False), report["deterministic"]),
         *((name, before["machine"].get(name), report["machine"][name]) for name in SAME_MACHINE),
     ):
         if was != now:
@@ -71,7 +73,7 @@ def write_csv(report: dict, folder: Path) -> None:
         writer.writerow((*ROW_COLUMNS, "implementation", *RESULT_COLUMNS))
         for row in report["rows"]:
             for name, figures in row["results"].items():
-                values = [row[c] for c in ROW_COLUMNS] + [name] + [figures[c] for c in RESULT_COLUMNS]
+                values = [row[c] for c in ROW_COLUMNS] + [name] + [figures.get(c) for c in RESULT_COLUMNS]
                 writer.writerow(["" if value is None else value for value in values])
 
 
@@ -103,7 +105,7 @@ def _table(op: str, rows: list[dict]) -> Table:
             _number(row["floor_ms"], ".4f"),
             _number(row["share_of_floor"], ".2f"),
             _number(best.get("ms"), ".4f", best.get("method")),
-            row["best_peer"] or "-",
+            f"{row['best_peer'] or '-'}{'~' * (best.get('same_bits') is False)}",
             _number(row["ratio"], ".2f"),
             _number(mine.get("wall_us"), ".0f"),
             _number(best.get("wall_us"), ".0f"),
@@ -118,7 +120,7 @@ def _number(value: float | None, form: str, method: str | None = None) -> str:
 
 
 def _problems(report: dict) -> list[str]:
-    """What has no time, and why; what was timed by events."""
+    """What has no time, and why; what was timed by events; what gives other bits each time."""
     texts = []
     for row in report["rows"]:
         where = f"{row['op']} {row['pass']} {row['shape']}"
@@ -129,6 +131,8 @@ def _problems(report: dict) -> list[str]:
                 texts.append(f"not timed: {where}, {name}: {figures['problem']}")
             elif figures["method"] == "events":
                 texts.append(f"e: {where}, {name}: timed between events, not in a graph: {figures['note']}")
+            if figures.get("same_bits") is False:
+                texts.append(f"~: {where}, {name}: not the same bits each time")
     if report["stopped"]:
         texts.append(f"stopped before the end: {report['stopped']}")
     return texts

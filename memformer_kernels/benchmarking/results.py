@@ -62,6 +62,7 @@ def machine(content: dict) -> str:
     parts += [f"{name} {about[name]}" for name in ("torch", "triton", "cuda", "cudnn") if about.get(name)]
     parts += [str(about[name]) for name in ("dtype", "layout") if about.get(name)]
     parts += [f"{about['hidden']:g} hidden"] if about.get("hidden") else []
+    parts += ["deterministic"] if about.get("deterministic") else []
     return ", ".join(part for part in parts if part)
 
 

@@ -46,10 +46,11 @@ def run(
         "dtype": str(settings.dtype).removeprefix("torch."),
         "layout": settings.layout,
         "hidden": settings.hidden,
+        "deterministic": settings.deterministic,
         "rates": asdict(suite.rates),
     }
     report |= {"rows": [], "overhead": [], "stopped": None}
-    with _configured(), torch.cuda.stream(torch.cuda.Stream()):
+    with _configured(settings.deterministic), torch.cuda.stream(torch.cuda.Stream()):
         try:
             report["machine"] = machine()
             progress(describe(report["machine"]))
@@ -94,17 +95,23 @@ def describe(machine: dict) -> str:
 
 
 @contextlib.contextmanager
-def _configured() -> Iterator[None]:
-    """What compiled peers need: no limit that makes them run unfused, and backwards that can run again."""
+def _configured(deterministic: bool = False) -> Iterator[None]:
+    """What compiled peers need: no limit that makes them run unfused, and backwards that can run again.
+
+    In PyTorch's deterministic mode new tensors are left as they are: filling them would be timed with every call.
+    """
     import torch._dynamo.config
     import torch._functorch.config
+    import torch.utils.deterministic
 
     dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    mode = torch.are_deterministic_algorithms_enabled()
     wanted = [
         (dynamo, "recompile_limit", 256),
         (dynamo, "cache_size_limit", 256),  # its older name
         (dynamo, "accumulated_recompile_limit", 100_000),
         (functorch, "donated_buffer", False),
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in wanted if hasattr(module, name)]
     with warnings.catch_warnings():
@@ -114,8 +121,10 @@ def _configured() -> Iterator[None]:
             for module, name, value in wanted:
                 if hasattr(module, name):
                     setattr(module, name, value)
+            torch.use_deterministic_algorithms(deterministic or mode)
             yield
         finally:
+            torch.use_deterministic_algorithms(mode)
             for module, name, value in before:
                 setattr(module, name, value)
 
@@ -193,7 +202,8 @@ def _progress_line(shape: Shape, which: str, name: str, figures: dict) -> str:
     if figures["ms"] is None:
         return f"{start} {figures['problem']}"
     events = "" if figures["method"] == "graph" else f" ({figures['method']}: {figures['note']})"
-    return f"{start} {figures['ms']:8.4f} ms{events}  eager {figures['wall_us']:7.0f} us  error {figures['error']:.1e}"
+    line = f"{start} {figures['ms']:8.4f} ms{events}  eager {figures['wall_us']:7.0f} us  error {figures['error']:.1e}"
+    return line if figures["same_bits"] else f"{line}  not the same bits each time"
 
 
 def _measure_overhead(suite: Suite, op: str, settings: Settings, progress) -> list[dict]:

@@ -1,5 +1,6 @@
 """`bench`: the suite on a GPU, with its tables, files and pictures; on a CPU, what can be said without one."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def bench(
     peers: bool,
     skip: str,
     backend: str,
+    deterministic: bool,
     suite_file: Path | None,
     out: Path,
 ) -> bool:
@@ -51,9 +53,11 @@ def bench(
     if not torch.cuda.is_available():
         _say_what_a_cpu_can(loaded, chosen)
         return True
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses matrix products
     out.mkdir(parents=True, exist_ok=True)
     replays = QUICK_REPLAYS if quick else Settings.replays
-    settings = Settings(DTYPES[dtype], layout, hidden, replays, peers, skip, backend)
+    settings = Settings(DTYPES[dtype], layout, hidden, replays, peers, skip, backend, deterministic)
     command = shlex.join(["memformer-kernels", *sys.argv[1:]])
     together = {}
 

@@ -116,6 +116,9 @@ def bench(
     backend: Annotated[
         str, typer.Option(help="Of ours: auto, cuda, triton or eager. Two runs, each to its --out, can be compared.")
     ] = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="In PyTorch's deterministic mode, which refuses some peers.")
+    ] = False,
     suite: Annotated[
         Path | None, typer.Option(help="A suite and the ceilings of your GPU, in the form of benchmarking/ops.toml.")
     ] = None,
@@ -142,7 +145,8 @@ def bench(
     An implementation is first held to float64, and gets no time if it is wrong. A time is device time: the median of
     replays of a CUDA graph over inputs that together exceed the L2 cache; "eager us" is a plain Python call, launches
     included. The floor is the larger of bytes over the copy rate and FLOP over the matrix rate; "ratio" is the best
-    peer over ours, so that above 1 ours is faster. Without a GPU nothing is timed, and it says what can be told.
+    peer over ours, so that above 1 ours is faster; ~ marks a peer that does not give the same bits each time. Without
+    a GPU nothing is timed, and it says what can be told.
 
     --compare takes two files, bench.json or those of benchmarks/rollout.py, and prints time after over time before of
     every row, the worst first: above 1 is slower.
@@ -154,6 +158,7 @@ def bench(
         memformer-kernels bench --shape "B=8 H=8 M=128 L=4096 D=64"
         memformer-kernels bench --op write --backend triton --no-peers --out triton
         memformer-kernels bench --op read --hidden 0.3 --out hidden
+        memformer-kernels bench --op read --pass backward --deterministic --out deterministic
         memformer-kernels bench --compare before.json after.json --plot compare.png --fail-above 1.05
     """
     if compare is not None:
@@ -178,6 +183,7 @@ def bench(
             peers=peers,
             skip=skip,
             backend=backend,
+            deterministic=deterministic,
             suite_file=suite,
             out=out,
         )
