@@ -165,6 +165,17 @@ def memory_forget() -> str:
     return _of_op("memory_forget", "memory_forget_bench_h200")
 
 
+def same_bits() -> str:
+    """Backwards beside the best peer of PyTorch's deterministic mode, and beside the best of all."""
+    ratios = {(row["op"], row["pass"], row["shape"]): row["ratio"] for row in _result("ops_h200")["rows"]}
+    rows = []
+    for row in _result("ops_deterministic_h200")["rows"]:
+        call = row["op"], row["pass"], row["shape"]
+        times = _us(row["results"]["ours"]["ms"]), f"{_us(_best(row)['ms'])}, {row['best_peer']}"
+        rows.append((row["op"], row["shape"], *times, f"{row['ratio']:.2f}", f"{ratios[call]:.2f}"))
+    return _table(("op", "shape", "ours", "best of deterministic peers", "ratio", "to the best of all"), rows)
+
+
 def counters() -> str:
     """Of each kernel that takes a fifth of a pass or more, which part of the GPU it keeps busy."""
     found = sorted(_result("counters_h200")["counters"], key=lambda row: row["op"])
@@ -240,7 +251,7 @@ TABLES = {
     f.__name__: f
     for f in (
         *(support, rollouts, rollout_runs, paper_replay, replay_memory, streaming, operations),
-        *(accelerated, cross_attention, counters),
+        *(accelerated, cross_attention, counters, same_bits),
         *(memory_read, memory_write, memory_forget, memory_gain, contract, contract_figures, mutants),
     )
 }
