@@ -3,6 +3,7 @@ what is made of their results."""
 
 import contextlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -115,21 +116,30 @@ def test_backward_copies_what_tma_cannot(make, copied):
 
 @pytest.fixture(scope="module")
 def compiled_for_cpu(tmp_path_factory):
-    """The bindings over `kernels_on_cpu.cpp`."""
+    """The bindings over `kernels_on_cpu.cpp`; in the folder that `KERNELS_ON_CPU` names they are compiled once for all
+    that name it."""
     pybind11, nvcc = pytest.importorskip("pybind11"), shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc, which knows where CUDA's headers are, is not on PATH")
-    path = tmp_path_factory.mktemp("kernels_on_cpu") / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = (ROOT / "csrc/include", pybind11.get_include(), sysconfig.get_paths()["include"])
-    command = [nvcc, "-std=c++20", "-O1", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    command += ['-DMEMFORMER_KERNELS_ARCHITECTURES="90a"', *(f"-I{folder}" for folder in includes)]
-    sources = ROOT / "csrc/bindings.cpp", ROOT / "tests/kernels_on_cpu.cpp"
-    done = subprocess.run([*command, *map(str, sources), "-o", str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    folder = Path(os.environ.get("KERNELS_ON_CPU") or tmp_path_factory.mktemp("kernels_on_cpu"))
+    path = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        _compile_for_cpu(nvcc, pybind11.get_include(), path)
     spec = importlib.util.spec_from_file_location("_C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _compile_for_cpu(nvcc: str, pybind11: str, path: Path) -> None:
+    includes = (ROOT / "csrc/include", pybind11, sysconfig.get_paths()["include"])
+    command = [nvcc, "-std=c++20", "-O1", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    command += ['-DMEMFORMER_KERNELS_ARCHITECTURES="90a"', *(f"-I{folder}" for folder in includes)]
+    sources = ROOT / "csrc/bindings.cpp", ROOT / "tests/kernels_on_cpu.cpp"
+    part = path.with_name("part.so")  # in its place only once it is whole
+    done = subprocess.run([*command, *map(str, sources), "-o", str(part)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    part.rename(path)
 
 
 @pytest.fixture

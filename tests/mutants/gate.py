@@ -76,6 +76,7 @@ class Gate:
             "TRITON_INTERPRET": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTHONDONTWRITEBYTECODE": "",  # written once, by the first of the children
+            "KERNELS_ON_CPU": str(self._folder),  # compiled once too: no fault is planted in C++
         }
         command = [sys.executable, FOLDER / "warm.py", self._folder, TESTS]
         pipe = subprocess.PIPE
