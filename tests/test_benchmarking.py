@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from memformer_kernels.benchmarking import inputs, measure, peers, plots, report
 from memformer_kernels.benchmarking.peers import OURS, PEERS
 from memformer_kernels.benchmarking.suite import BACKWARD, FORWARD, NO_BIAS, SAVING, Shape, Work, work
 from memformer_kernels.cli import bench as bench_command
+from memformer_kernels.cli.app import app
 
 CPU = torch.device("cpu")
 READ = Shape("memory_read", "small", B=3, L=17, M=5, H=2, D=8)
@@ -378,13 +380,13 @@ def test_a_peer_that_gives_other_bits_each_time_is_marked(pretend_gpu, small_sui
 
     turns = itertools.count()
 
-    def varies(query, key, value):
-        return peers.plain_read(query, key, value) * (1 + 1e-6 * (next(turns) % 2))
+    def other_output(query, key, value):
+        return peers.plain_read(query, key, value) + 1e-4 * (next(turns) % 2)
 
-    def varies_backward(query, key, value):
-        return peers.plain_read(query, key, value) + query * 1e-6 * (next(turns) % 2)
+    def other_gradient(query, key, value):
+        return peers.plain_read(query, key, value) + (query - query.detach()) * 1e-4 * (next(turns) % 2)
 
-    chosen = (peers._plain("varies", varies), peers._plain("backward", varies_backward))
+    chosen = (peers._plain("other output", other_output), peers._plain("other gradient", other_gradient))
     monkeypatch.setitem(PEERS, "memory_read", chosen)
     measured, lines, _ = run(small_suite, op="read")
     found = {
@@ -392,12 +394,15 @@ def test_a_peer_that_gives_other_bits_each_time_is_marked(pretend_gpu, small_sui
         for row in measured["rows"]
         for name, figures in row["results"].items()
     }
-    assert all(found[which, OURS] is True and found[which, "varies"] is False for which in suite.PASSES["memory_read"])
-    assert found[BACKWARD, "backward"] is False
+    for which in suite.PASSES["memory_read"]:  # each held to what it is for
+        assert found[which, OURS] is True
+        assert found[which, "other output"] is (which == BACKWARD)
+        assert found[which, "other gradient"] is (which != BACKWARD)
     assert sum("not the same bits each time" in line for line in lines) == sum(not same for same in found.values())
     report.print_report(measured, [], Console(width=150))
     out = capsys.readouterr().out
-    assert "varies~" in out and "~: memory_read backward B3 L17 M5 H2 D8, varies: not the same bits each time" in out
+    assert "~: memory_read backward B3 L17 M5 H2 D8, other gradient: not the same bits each time" in out
+    assert re.search(r"\bforward .* other output~ ", out)
 
 
 def test_the_deterministic_mode_is_on_for_the_run_alone(pretend_gpu, small_suite, monkeypatch):
@@ -559,6 +564,19 @@ def test_bench_on_a_gpu_writes_its_folder(pretend_gpu, small_suite, monkeypatch,
     assert {p.name for p in (tmp_path / "b").iterdir()} == {"bench.json", "bench.csv", "memory_forget.png"}
     content = json.loads((tmp_path / "b" / "bench.json").read_text())
     assert content["machine"]["gpu"] == "Pretend GPU" and content["summary"] and "command" in content
+
+
+def test_the_deterministic_mode_goes_from_the_command_line_to_the_file(pretend_gpu, small_suite, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(suite, "load", lambda path: small_suite)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that what is set here goes with the test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    options = ["--op", "forget", "--dtype", "float32", "--skip", "Flex", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["memformer-kernels", "bench", *options, "--deterministic"])
+    app(sys.argv[1:], standalone_mode=False)
+    assert json.loads((tmp_path / "bench.json").read_text())["deterministic"] is True
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # which PyTorch asks for
 
 
 def test_rows_of_several_runs_come_together(pretend_gpu, small_suite, monkeypatch, tmp_path):

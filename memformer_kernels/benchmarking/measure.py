@@ -85,9 +85,8 @@ def measure(
 
 
 def _no_figures(problem: str | None) -> dict:
-    names = ("ms", "method", "note", "host_us", "wall_us", "error", "errors", "same_bits", "sets", "calls")
-    names = (*names, "first_call_s")
-    return {**dict.fromkeys(names), "problem": problem}
+    measured = ("ms", "method", "note", "host_us", "wall_us", "error", "errors", "same_bits")
+    return {**dict.fromkeys((*measured, "sets", "calls", "first_call_s")), "problem": problem}
 
 
 def _check_and_time(
