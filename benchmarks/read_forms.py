@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -85,15 +85,20 @@ def fit(forms: Sequence[Form], times: Sequence[dict[str, float]]) -> list[Form]:
     return [found[form] for form in forms]
 
 
+def save(out: Path | None, report: dict) -> None:
+    if out:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the times measured here, as JSON")
+    parser.add_argument("--out", type=Path, help="write the times measured here, and the fitted ones, as JSON")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("read_forms: needs a GPU; a CPU measures nothing here")
     header = (variants.ROOT / HEADER).read_text()
     forms = table(header)
-    times = []
+    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "ms": (times := [])}
     with tempfile.TemporaryDirectory() as folder:
         trees = [Path(folder, f"lot {i + 1}") for i in range(len(lots(forms)))]
         for tree, lot in zip(trees, lots(forms), strict=True):
@@ -109,12 +114,12 @@ def main() -> None:
             asked = [part for size in sizes for part in ("--shape", re.sub(r"([A-Z])(\d+)", r"\1=\2", size))]
             out = Path(folder, f"of {tree.name}")
             times.append(variants.measure(tree, ["--op", "read", "--pass", "forward", *asked], out))
-            if options.out:
-                options.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "ms": times}, indent=1) + "\n")
+            save(options.out, report)
     rows = Table(title="picoseconds, as the table has them and as fitted here", title_justify="left")
     for name in ("form", "row", "slot", "row here", "slot here"):
         rows.add_column(name, justify="left" if name == "form" else "right", no_wrap=True)
     measured = fit(forms, times)
+    save(options.out, report | {"forms": list(map(asdict, measured))})
     for before, now in zip(forms, measured, strict=True):
         name = f"D {before.width}, {before.slots} slots, {before.groups} groups"
         rows.add_row(name, *(f"{t:.3g}" for f in (before, now) for t in (f.row_time, f.slot_time)))

@@ -1,5 +1,6 @@
 """`benchmarks/read_forms.py`: the times of the read's forms, but for what needs a GPU."""
 
+import json
 import os
 import re
 import subprocess
@@ -56,8 +57,10 @@ def test_times_are_found_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["read_forms.py", "--out", str(tmp_path / "forms.json")])
     read_forms.main()
     said = capsys.readouterr().out
-    assert len(built) == len(read_forms.lots(FORMS)) and (tmp_path / "forms.json").exists()
+    assert len(built) == len(read_forms.lots(FORMS))
     found = read_forms.table(said.split("lines of")[1])
+    written = json.loads((tmp_path / "forms.json").read_text())["forms"]
+    assert "".join(str(read_forms.Form(**form)) for form in written) == "".join(map(str, found))
     assert [(f.row_time, f.slot_time) for f in found] == [
         (t.row_time, pytest.approx(t.slot_time, rel=5e-3)) for t in true.values()
     ]

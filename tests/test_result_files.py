@@ -43,7 +43,7 @@ def test_every_committed_file_is_known():
     kinds = {path.name: results.kind(results.read(path)) for path in RESULTS.glob("*.json")}
     expected = {"ops_h200": "ops", "rollout_h200": "rollouts", "replay_memory_cpu": "replay memory", "demo_cpu": "demo"}
     expected |= {"forgetting": "forgetting", "memory_gain_L32": "memory gain", "triton_checks_h200": "checks"}
-    expected |= {"counters_h200": "counters"}
+    expected |= {"counters_h200": "counters", "read_forms_h200": "read forms"}
     assert {name: kinds[f"{name}.json"] for name in expected} == expected
 
 

@@ -84,6 +84,15 @@ def _counters(files: dict[str, dict], out: Path) -> Iterable[Part]:
         yield text + _table(header, rows), []
 
 
+def _read_forms(files: dict[str, dict], out: Path) -> Iterable[Part]:
+    columns = ("width", "slots", "groups", "row_time", "slot_time")
+    for name, content in files.items():
+        text = _head(f"Forms of memory_read's forward: {name}", content)
+        rows = [[format(form[column], ".3g") for column in columns] for form in content["forms"]]
+        header = ("channels", "slots of a tile", "groups of warps", "ps a row", "ps a slot of a row")
+        yield text + _table(header, rows), []
+
+
 def _rollouts(files: dict[str, dict], out: Path) -> Iterable[Part]:
     for name, content in files.items():
         picture = plots.draw_rollouts(content, out / name / "rollouts.png")
@@ -227,6 +236,7 @@ def _errors(files: dict[str, dict], out: Path) -> Iterable[Part]:
 SECTIONS: dict[str, Callable[[dict[str, dict], Path], Iterable[Part]]] = {
     "ops": _ops,
     "counters": _counters,
+    "read forms": _read_forms,
     "rollouts": _rollouts,
     "accelerated": _accelerated,
     "cross attention": _cross_attention,

@@ -10,6 +10,7 @@ from memformer_kernels.benchmarking.peers import OURS
 KINDS = {
     "ops": ("rows", "rates"),  # memformer-kernels bench
     "counters": ("counters", "ncu"),  # benchmarks/counters.py
+    "read forms": ("forms", "ms"),  # benchmarks/read_forms.py
     "rollouts": ("shapes", "dtype"),  # benchmarks/rollout.py
     "accelerated": ("shapes", "memformer"),  # benchmarks/accelerate_memformer.py
     "cross attention": ("attention", "bart"),  # benchmarks/cross_attention.py
