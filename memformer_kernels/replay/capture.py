@@ -167,7 +167,9 @@ class Capture:
 
     def _run_backward(self, *, recorded: bool) -> tuple[Grads, dict[Tensor, Tensor]]:
         self._passes.lanes = self._lanes() if recorded else Lanes()
-        grads, totals = self._passes.backward(self._passes.tape.values, self._grads)
+        # Autograd would use a thread of its own, and cuBLAS keeps a workspace for every thread and stream
+        with torch.autograd.set_multithreading_enabled(False):
+            grads, totals = self._passes.backward(self._passes.tape.values, self._grads)
         return grads, sums_of(totals, self.leaves)
 
     def _lanes(self) -> Lanes:
