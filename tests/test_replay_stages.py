@@ -273,6 +273,39 @@ def test_what_the_forward_made_is_let_go_by_the_backward():
     assert all(ref.expired() or ref.cdata in known for ref in saved)
 
 
+def test_features_gradients_do_not_stand_there_twice():
+    """Before and after they are multiplied by that of the loss, in a captured rollout, which owns them."""
+    made, alive = [], []
+
+    class Read(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+
+        @staticmethod
+        def backward(ctx, grad):
+            grad = grad * 2
+            made.append(StorageWeakRef(grad.untyped_storage()))
+            return grad
+
+    class Advance(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+
+        @staticmethod
+        def backward(ctx, grad):
+            alive.append(sum(not ref.expired() for ref in made))
+            return grad
+
+    def advance(x, state):
+        state = Advance.apply(x + state)
+        return state.sin(), state
+
+    segments = [normal(2, 6, seed=t, needs_grad=True) for t in range(4)]
+    cell = StagedCell(advance, readout=lambda features, _: [Read.apply(f).sum() for f in features])
+    for _ in range(2):
+        loss, _ = memory_replay(_captured(cell), segments, normal(2, 6), reduction="mean")
+        loss.backward()
+    assert len(made) >= 8 and alive and not any(alive)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @every_way
 @every_model

@@ -130,13 +130,15 @@ class Passes:
         return [table.take(n) for n in self.reads], [*totals.values(), early]
 
     def _scale_early(self, values: list[Tensor | None], table: "_Table") -> Totals:
-        """The gradients that the forward made, times that of the loss: to the table, and the parameters' sums."""
+        """The gradients that the forward made, times that of the loss: to the table, and the parameters' sums. Each
+        leaves `values` as it is scaled, so that all of them never stand there twice."""
         tape, of_loss = self.tape, None if self.tape.loss is None else table.take(self.tape.loss)
         if of_loss is None:
             return Totals()
 
         def scaled(number: int, *, where_it_lies: bool = False) -> Tensor:
-            grad, factor = values[number], of_loss.to(values[number].dtype)
+            grad, values[number] = values[number], None
+            factor = of_loss.to(grad.dtype)
             return grad.mul_(factor) if where_it_lies else grad * factor
 
         for call in reversed(tape.calls):
