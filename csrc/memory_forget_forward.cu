@@ -23,8 +23,7 @@ extern "C" cudaError_t memory_forget_forward(const MemoryForgetForwardParams* pa
                             has_vector_rows<T>(params->slots) &&
                             has_vector_rows<T>(params->bias);
     if (!vectorized) return launch<T, false, 1>(*params);
-    return params->C <= kWidthLimit<kForwardRows> ? launch<T, true, kForwardRows>(*params)
-                                                  : launch<T, true, 1>(*params);
+    return params->C <= kWarpChannels ? launch<T, true, kForwardRows>(*params) : launch<T, true, 1>(*params);
   });
 }
 
