@@ -25,7 +25,7 @@ MOST_ROWS = 4096  # of a column sum, likewise
 # and 112
 PRODUCT_TILES = {90: {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}}
 ANY_PRODUCT_TILE = {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}
-SUM_TILE = {"BLOCK": 32, "ROWS": 256, "num_warps": 8}
+SUM_TILE = {"BLOCK": 32, "ROWS": 64, "num_warps": 8}
 
 
 @triton.jit
