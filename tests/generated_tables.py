@@ -165,6 +165,22 @@ def memory_forget() -> str:
     return _of_op("memory_forget", "memory_forget_bench_h200")
 
 
+def targets() -> str:
+    """Of each operation what it is held to, and what it reaches: least or most, what is missed in bold."""
+    rows = []
+    for line in _result("ops_h200")["summary"]:
+        if not line["targets"] or "odd" in line["what"]:
+            continue
+        for name, asked in line["targets"].items():
+            found, least = line["figures"][name], "ratio" in name or "share" in name
+            digits = 0 if "host time" in line["what"] else 2
+            reached = f"{found:.{digits}f}"
+            reached = reached if (found >= asked) == least else f"**{reached}**"
+            what = line["what"].removesuffix(", table shapes")
+            rows.append((what, name.replace("_", " "), f"{asked:.{digits}f}", reached))
+    return _table(("", "figure", "target", "reached"), rows)
+
+
 def same_bits() -> str:
     """Backwards beside the best peer of PyTorch's deterministic mode, and beside the best of all."""
     ratios = {(row["op"], row["pass"], row["shape"]): row["ratio"] for row in _result("ops_h200")["rows"]}
@@ -237,13 +253,29 @@ def contract_figures() -> str:
     return contract(with_figures=True)
 
 
+SHARE = re.compile(r"largest share of (.+), (\w+), (\w+)")  # a figure of G1: of what, whose, which dtype
+
+
+def accuracy() -> str:
+    """The figures of G1 that are the largest share of a bound, by dtype."""
+    rows = {}
+    for where, name in (("CPU", "contract_cpu"), ("H200", "contract_h200")):
+        for figure, value in _result(name)["guarantees"]["G1"]["figures"].items():
+            if found := SHARE.fullmatch(figure):
+                rows.setdefault((found[1], where, found[2]), {})[found[3]] = f"{value:.3f}"
+    dtypes = "float32", "float16", "bfloat16"
+    titles = "largest share of", "where", "of", *dtypes
+    return _table(titles, [(*row, *(values.get(dtype, "") for dtype in dtypes)) for row, values in sorted(rows.items())])
+
+
 def proof(found: dict | None, with_figures: bool) -> str:
     """How many tests passed, and the largest figure of each name."""
     if not found or not found["passed"] + found["failed"]:
         return ""
     words = f"{found['passed']} passed" + (f", **{found['failed']} failed**" if found["failed"] else "")
     if with_figures:
-        words = "<br>".join([words, *(f"{name}: {value:.3g}" for name, value in sorted(found["figures"].items()))])
+        figures = [item for item in sorted(found["figures"].items()) if not SHARE.fullmatch(item[0])]
+        words = "<br>".join([words, *(f"{name}: {value:.3g}" for name, value in figures)])
     return words
 
 
@@ -251,7 +283,7 @@ TABLES = {
     f.__name__: f
     for f in (
         *(support, rollouts, rollout_runs, paper_replay, replay_memory, streaming, operations),
-        *(accelerated, cross_attention, counters, same_bits),
+        *(accelerated, cross_attention, counters, same_bits, targets, accuracy),
         *(memory_read, memory_write, memory_forget, memory_gain, contract, contract_figures, mutants),
     )
 }
