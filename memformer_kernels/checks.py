@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
+EPS_RANGE = (2.0**-126, 2.0**126)  # of kernels: so that eps and 1 / eps are normal float32 numbers
 
 MOST_KNOWN = 4096  # calls that a check remembers
 
@@ -119,3 +119,8 @@ def _number(op: str, name: str, value: object) -> None:
 
 def _sizes(expected: tuple[int, ...]) -> str:
     return "[" + ", ".join("any" if size == -1 else str(size) for size in expected) + "]"
+
+
+def unsupported_eps(eps: float) -> str | None:
+    """Why kernels cannot take this eps; None when they can."""
+    return None if EPS_RANGE[0] <= eps <= EPS_RANGE[1] else f"eps must be from 2**-126 to 2**126, got {eps}"

@@ -17,10 +17,14 @@ MOST_CHUNKS = 32
 
 @constant  # to `torch.compile`, which looks through a cache
 def unsupported_device(index: int) -> str | None:
-    compiled_for = _extension.load().architectures
-    if tiles.architecture(torch.device("cuda", index)) == ARCHITECTURE and "90a" in compiled_for.split(";"):
-        return None
-    return f"the GPU must have compute capability 9.0, and the CUDA kernels be compiled for 90a, got {compiled_for}"
+    architecture, compiled_for = tiles.architecture(torch.device("cuda", index)), _extension.load().architectures
+    if architecture != ARCHITECTURE:
+        return f"the GPU must have compute capability 9.0, got {architecture / 10}"
+    if "90a" not in compiled_for.split(";"):
+        return (
+            f"the CUDA kernels must be compiled for 90a, got {compiled_for}; memformer-kernels build --archs 90a does"
+        )
+    return None
 
 
 def chunk_of_tokens(tokens: int, least: int, tile: int, most_chunks: int = MOST_CHUNKS) -> int:

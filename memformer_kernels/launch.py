@@ -14,7 +14,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)
 OVERLAPPING_CAPABILITY = (9, 0)  # of programmatic dependent launches
 MOST_CHANNELS = 256  # of a head
-EPS_RANGE = (2.0**-126, 2.0**126)  # so that eps and 1 / eps are normal float32 numbers
 SCALE_RANGE = (2.0**-100, 2.0**100)  # so that a logit over it is finite
 
 
@@ -48,13 +47,13 @@ def unsupported_width(name: str, width: int) -> str | None:
     return None if width <= MOST_CHANNELS else f"{name} must have at most {MOST_CHANNELS} channels a head, got {width}"
 
 
-def unsupported_eps(eps: float) -> str | None:
-    return None if EPS_RANGE[0] <= eps <= EPS_RANGE[1] else f"eps must be from 2**-126 to 2**126, got {eps}"
-
-
 def unsupported_scale(scale: float) -> str | None:
     low, high = SCALE_RANGE
     return None if low <= scale <= high else f"the scale must be from 2**-100 to 2**100, got {scale}"
+
+
+def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tensor.stride()
 
 
 def planned(function: Callable) -> Callable:

@@ -265,7 +265,9 @@ def accuracy() -> str:
                 rows.setdefault((found[1], where, found[2]), {})[found[3]] = f"{value:.3f}"
     dtypes = "float32", "float16", "bfloat16"
     titles = "largest share of", "where", "of", *dtypes
-    return _table(titles, [(*row, *(values.get(dtype, "") for dtype in dtypes)) for row, values in sorted(rows.items())])
+    return _table(
+        titles, [(*row, *(values.get(dtype, "") for dtype in dtypes)) for row, values in sorted(rows.items())]
+    )
 
 
 def proof(found: dict | None, with_figures: bool) -> str:

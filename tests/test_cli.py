@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from doc_pages import check_command
 from memformer_kernels.cli import build as build_command
 from memformer_kernels.cli import main
 from memformer_kernels.cli.app import app
+from memformer_kernels.cli.train import DEFAULTS
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "memformer_kernels.cli"]
@@ -90,6 +92,15 @@ def test_help_teaches(name, monkeypatch):
     for line in examples:
         check_command(line)
     assert all(option.help for option in GROUP.commands[name].params), "an option that nothing is said about"
+
+
+def test_help_of_train_tells_what_runs_unless_told():
+    helps = {option.name: option.help for option in GROUP.commands["train"].params}
+    for task, (config, settings) in DEFAULTS.items():
+        for name, value in (vars(config) | vars(settings)).items():
+            if name in helps and type(value) in (int, float, tuple) and value != ():
+                shown = ",".join(f"{v:g}" for v in (value if type(value) is tuple else (value,)))
+                assert re.search(rf"(?i)({task}:|;) {re.escape(shown)}\b", helps[name]), (task, name, shown)
 
 
 def test_doctor_says_what_runs_and_why_the_rest_does_not():

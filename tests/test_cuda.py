@@ -43,7 +43,7 @@ def test_slots_of_a_block_are_those_of_the_kernels():
         ({"width": 129}, "query must have at most 128 channels a head, got 129"),
         ({"architecture": 80}, "the GPU must have compute capability 9.0"),
         ({"architecture": 100}, "the GPU must have compute capability 9.0"),
-        ({"compiled_for": "80;90"}, "the CUDA kernels be compiled for 90a, got 80;90"),
+        ({"compiled_for": "80;90"}, "the CUDA kernels must be compiled for 90a, got 80;90"),
     ],
 )
 @pytest.mark.parametrize("op", ["memory_read", "memory_write"])

@@ -11,7 +11,7 @@ from memformer_kernels.cli.options import Device, JsonFile, Shapes, find_device,
 def doctor(json_file: JsonFile = None) -> None:
     """Says what is installed, what was built, which backend runs and why each other does not.
 
-    The text goes into a bug report as it is. Of each op there is a line a backend: `runs`, or the reason why not.
+    The text goes into a bug report as it is. One line for each op and backend: `runs`, or the reason why not.
 
     [bold]Examples[/]
 
@@ -54,9 +54,9 @@ def tune(
 ) -> None:
     """Measures the tiles of every Triton kernel on this GPU and writes the fastest as a table.
 
-    A few minutes. A line a kernel and form: microseconds of the fastest, out of how many that ran, and its tiles. What
-    cannot run here is named and left out. The table, sm_<architecture>.json, is used where a program asks for it with
-    memformer_kernels.tiles.load_table(file): nothing is ever tuned behind your back.
+    A few minutes. One line for each kernel and size: microseconds of the fastest, out of how many that ran, and its
+    tiles. What cannot run here is named and left out. The table, sm_<architecture>.json, is used where a program asks
+    for it with memformer_kernels.tiles.load_table(file): nothing is ever tuned behind your back.
 
     [bold]Examples[/]
 
@@ -79,9 +79,9 @@ def check(
 ) -> None:
     """Holds each op, backend and dtype to float64: relative errors of the output and of every gradient.
 
-    A line an op, backend and dtype: the largest error of the output, that of the worst gradient and its name, the limit
-    for both, which follows from the dtype's rounding, and the largest error of an element over what error_bound allows
-    it. Exit code 1 if one is above its limit, or an element above 1.
+    One line for each op, backend and dtype: the largest error of the output, that of the worst gradient and its name,
+    the limit for both, which follows from the dtype's rounding, and the largest error of an element as a share of twice
+    its error_bound. Exit code 1 if one is above its limit, or an element above 1.
 
     [bold]Examples[/]
 
@@ -97,7 +97,11 @@ def check(
 def bench(
     op: Annotated[str, typer.Option(help="Only ops whose name contains this: read, write, forget.")] = "",
     which: Annotated[
-        str, typer.Option("--pass", help="Only passes whose name contains this: forward, saving, without, backward.")
+        str,
+        typer.Option(
+            "--pass",
+            help="Only passes whose name contains this: forward, saving (for the backward), without (bias), backward.",
+        ),
     ] = "",
     only: Annotated[
         str, typer.Option(help="Only shapes of the suite whose name contains this, such as M128 or 'H16 D64'.")
@@ -108,7 +112,7 @@ def bench(
         str, typer.Option(help="Of \\[B, H, L, D] inputs: contiguous, or transposed from \\[B, L, H, D].")
     ] = "contiguous",
     hidden: Annotated[
-        float, typer.Option(help="Share of slots, of the write tokens, that a mask hides; then without peers.")
+        float, typer.Option(help="Share of the read's slots, and of the write's tokens, that a mask hides; no peers.")
     ] = 0.0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer replays: medians of 7 instead of 20.")] = False,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also time what users would pick today.")] = True,

@@ -9,13 +9,17 @@ import typer
 
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", help="Also write the figures here as JSON; - is standard output, and the rest goes beside."),
+    typer.Option(
+        "--json",
+        help="Also write the figures here as JSON; - is standard output, all else goes to standard error.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; by default a GPU if there is one.")]
 Shapes = Annotated[
     list[str] | None,
     typer.Option(
-        "--shape", help='Sizes of your own instead, such as "B=8 H=8 M=128 L=4096 D=64"; as often as you like.'
+        "--shape",
+        help='Sizes in the place of the built-in ones, such as "B=8 H=8 M=128 L=4096 D=64"; as often as you like.',
     ),
 ]
 

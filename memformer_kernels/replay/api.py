@@ -63,9 +63,10 @@ def memory_replay(
         activation_budget: bytes of graphs that replay may keep (a float: that part of the GPU's free memory). The
             last segments keep their graph, as many as fit, and are not run again: from pure replay at 0 to full
             back-propagation. It also bounds how many segments `prepare` and `readout` take at once. By default
-            the last segment alone keeps its graph, and groups are as large as the graph of one segment, or 64 MiB. A
-            readout that is run once lets go of it, but for a smaller one's in a `CapturedCell`, which also runs small
-            segments side by side: that takes a second graph.
+            the last segment alone keeps its graph, and groups are as large as the graph of one segment, or 64 MiB.
+            With `reduction` the readout lets go of that graph first, to make room; in a `CapturedCell` it stays where
+            it is at most 128 MiB and the readout's is smaller. Such small segments also run side by side there, which
+            takes a second graph.
         strict: replay also compares the output and next state of every replayed segment with those of the forward,
             bit for bit, and raises where they differ: the cell then draws on a source of randomness or a state that
             the engine does not know.

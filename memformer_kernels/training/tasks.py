@@ -58,7 +58,8 @@ class TextTask:
 
 
 class RecallTraining:
-    """Recall a symbol across segments; judged by accuracy on 256 new rollouts of the longest horizon."""
+    """Recall a symbol across segments; judged by accuracy on 256 fixed rollouts of the longest horizon, at the end on
+    1024."""
 
     unit = "accuracy"
     carries_memory = False

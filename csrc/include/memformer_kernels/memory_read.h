@@ -22,7 +22,7 @@ struct MemoryReadForwardParams {
   Mask slot_mask;      // [B, M]
   void* output;        // [B, L, H, D]
   float* log_sum_exp;  // [B, H, L]: of the scaled logits, over the scale; or null
-  void* rounding;      // [B, L, H, D]: what the rounding of the output took away; null with log_sum_exp
+  void* rounding;      // [B, L, H, D]: what the rounding of the output took away; or null
   int64_t B, H, L, M;
   int D;
   float log2_scale;    // scale * log2(e)

@@ -12,7 +12,7 @@ namespace memformer_kernels {
 struct MemoryReadForm {
   int width, slots, stages, groups;  // channels and slots of a tile, tiles on their way, groups of warps
   double row_time, slot_time;        // picoseconds, on an H200 full of blocks: of a row, and of each slot of its tiles;
-                                     // benchmarks/read_forms.py measures them
+                                     // fitted by hand, and anew by benchmarks/read_forms.py, for any GPU
 };
 
 // As many groups as there are registers for, or, for few rows, one. Tiles of fewer slots leave fewer of these empty,

@@ -6,10 +6,9 @@ The kernels and their mathematics are in `csrc/include/memformer_kernels/memory_
 import torch
 from torch import Tensor
 
-from memformer_kernels import _extension
+from memformer_kernels import _extension, checks
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
-EPS_RANGE = (2.0**-126, 2.0**126)  # so that eps and 1 / eps are normal float32 numbers
 
 # The backward gives each slot of each group of batches to one team of threads, 16 channels a thread, so this many
 # elements of [groups, M, C] keep a GPU busy: 132 multiprocessors x 512 threads x 16, as a power of two. More groups
@@ -27,9 +26,7 @@ def unsupported_reason(slots: Tensor, bias: Tensor, eps: float = 1e-12) -> str |
         return f"slots must be float32, float16 or bfloat16, got {slots.dtype}"
     if bias.dtype != slots.dtype:
         return f"bias must have the dtype of slots ({slots.dtype}), got {bias.dtype}"
-    if not EPS_RANGE[0] <= eps <= EPS_RANGE[1]:
-        return f"eps must be from 2**-126 to 2**126, got {eps}"
-    if (reason := _extension.why_not()) is not None:
+    if (reason := checks.unsupported_eps(eps) or _extension.why_not()) is not None:
         return reason
     width, limit = slots.shape[-1], _extension.load().memory_forget_max_width
     if width > limit:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memformer_kernels import launch, tiles
+from memformer_kernels import checks, launch, tiles
 from memformer_kernels.partials import sum_partials
 from memformer_kernels.triton_helpers import normalise, normalise_backward, wait_for_kernels_before
 
@@ -90,7 +90,7 @@ def unsupported_reason(slots: Tensor, bias: Tensor, eps: float = 1e-12) -> str |
     reason = launch.unsupported_reason(slots=slots, bias=bias)
     if reason is None and slots.shape[-1] > MOST_CHANNELS:
         reason = f"slots must have at most {MOST_CHANNELS} channels, got {slots.shape[-1]}"
-    return reason or launch.unsupported_eps(eps)
+    return reason or checks.unsupported_eps(eps)
 
 
 @launch.planned

@@ -1,6 +1,6 @@
-"""`memory_read` in CUDA C++, for more slots than Triton's kernels are ahead at: its limits, its buffers, the calls into
-the compiled module. `csrc/include/memformer_kernels/memory_read_forward.cuh` and `memory_read_backward.cuh` have the
-kernels.
+"""`memory_read` in CUDA C++, from 65 slots on, where it is ahead of Triton's kernels: its limits, its buffers, the
+calls into the compiled module. `csrc/include/memformer_kernels/memory_read_forward.cuh` and `memory_read_backward.cuh`
+have the kernels.
 """
 
 import torch

@@ -38,10 +38,6 @@ def saves(query: Tensor, key: Tensor) -> tuple[bool, bool]:
     return several, several
 
 
-def _strides(mask: Tensor | None) -> tuple[int, int] | None:
-    return None if mask is None else mask.stride()
-
-
 def _hopper_tiles(slots: int, block_d: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """Tiles of the kernel in Gluon, for the numbers of slots for which it is ahead; else nothing."""
     if _memory_read_forward_hopper_kernel is None or triton.knobs.runtime.interpret or dtype.itemsize != 2:
@@ -117,7 +113,7 @@ def forward(
     """`(output, log_sum_exp, rounding)`: [B, H, L, D]; [B, H, L] in float32; [B, H, L, D]: what the rounding of the
     output took away. The last two are None without `save`, and where the backward needs none."""
     shape, slots = query.shape, key.shape[2]
-    strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
+    strides = query.stride(), key.stride(), value.stride(), launch.strides(slot_mask)
     aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16 == 0
     options = scale, allow_tf32, aligned, save
     saves, takes_saved, run = _forward_plan(shape, slots, *strides, query.dtype, query.device, *options)
@@ -207,7 +203,7 @@ def backward(
     grad_query, grad_key, grad_value = new_per_head(query, shape[2]), new_per_head(key, slots), new_per_head(key, slots)
     if query.numel() == 0 or slots == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    strides = query.stride(), key.stride(), value.stride(), _strides(slot_mask)
+    strides = query.stride(), key.stride(), value.stride(), launch.strides(slot_mask)
     out_strides = None if output is None else output.stride()
     chunks, run = _backward_plan(
         shape, slots, grad.stride(), out_strides, *strides, query.dtype, query.device, scale, allow_tf32

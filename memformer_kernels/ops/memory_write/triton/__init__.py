@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from memformer_kernels import launch, tiles
+from memformer_kernels import checks, launch, tiles
 from memformer_kernels.ops.memory_write.triton.backward import (
     _memory_write_backward_query_kernel,
     _memory_write_backward_resident_kernel,
@@ -44,15 +44,11 @@ def unsupported_reason(
         launch.unsupported_reason(query=query)
         or launch.unsupported_width("query", query.shape[-1])
         or launch.unsupported_scale(scale)
-        or launch.unsupported_eps(eps)
+        or checks.unsupported_eps(eps)
     )
     if reason is None and slots.shape[-1] > MOST_CHANNELS:
         return f"slots must have at most {MOST_CHANNELS} channels, got {slots.shape[-1]}"
     return reason
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tensor.stride()
 
 
 def _split(tokens: int, chunk: int, group: int, programs: int, device: torch.device, least: float) -> tuple[int, int]:
@@ -139,7 +135,14 @@ def forward(
     dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
     options = scale, eps, allow_tf32, save
     parts, attend, combine = _forward_plan(
-        query.shape, key.shape[2], *strides, _strides(bias), _strides(token_mask), dtypes, query.device, *options
+        query.shape,
+        key.shape[2],
+        *strides,
+        launch.strides(bias),
+        launch.strides(token_mask),
+        dtypes,
+        query.device,
+        *options,
     )
     attention = functools.partial(attend, query, own_key, slots, key, value, token_mask)
     return in_parts(query, slots, bias, save, parts, attention, combine)
@@ -288,7 +291,7 @@ def backward(
     dtypes = query.dtype, slots.dtype, None if bias is None else bias.dtype
     options = scale, eps, allow_tf32
     groups, parts, run = _backward_plan(
-        shape, tokens, *strides, _strides(bias), _strides(token_mask), dtypes, query.device, *options
+        shape, tokens, *strides, launch.strides(bias), launch.strides(token_mask), dtypes, query.device, *options
     )
 
     def new(*sizes: int) -> Tensor:
