@@ -961,7 +961,20 @@ def test_a_parameter_that_took_the_place_of_another_between_the_passes_raises():
     case = recurrence(2, F64)
     loss = everything(*memory_replay(case.cell, case.segments, case.state, activation_budget=0))
     case.cell.of_input.weight = nn.Parameter(torch.ones(WIDTH, WIDTH, dtype=F64))
-    with pytest.raises(RuntimeError, match=r"segment 1 used a parameter of shape \[6, 6\] when it was replayed that"):
+    with pytest.raises(RuntimeError, match="got a parameter in the place of another"):
+        loss.backward()
+
+
+def test_a_parameter_that_only_the_replay_uses_raises():
+    case = recurrence(2, F64)
+    late, runs = nn.Parameter(normal(WIDTH)), []
+
+    def cell(x, state):
+        runs.append(x)
+        return case.cell(x * late if len(runs) > 2 else x, state)
+
+    loss = everything(*memory_replay(cell, case.segments, case.state, activation_budget=0))
+    with pytest.raises(RuntimeError, match=r"segment 1 used a parameter of shape \[6\] when it was replayed that"):
         loss.backward()
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from memformer_kernels import checks
 from memformer_kernels.compiling import never_compiled
 from memformer_kernels.replay import sharded
-from memformer_kernels.replay.budget import budget_in_bytes
+from memformer_kernels.replay.budget import budget_in_bytes, check_budget
 from memformer_kernels.replay.captured import CapturedCell, NotCapturable
 from memformer_kernels.replay.python_part import python_parts
 from memformer_kernels.replay.rollout import Passes, differentiable, run_parts, weighed_sum
@@ -58,8 +58,9 @@ def memory_replay(
             "bptt": everything is kept. Memory: S segments.
         reduction: "none" returns one output a segment. "mean" or "sum": outputs are scalars, and their mean or sum is
             returned. The `readout` of a `StagedCell` is then run once instead of twice: its gradient is made in the
-            forward, and scaled in the backward by what arrives there (but for float16, where that would come too late
-            for a gradient scaler).
+            forward, and scaled in the backward by what arrives there: but for float16, of tensors or autocast round
+            the rollout, where that would come too late for a gradient scaler. Have such autocast round the rollout, not
+            inside the cell.
         activation_budget: bytes of graphs that replay may keep (a float: that part of the GPU's free memory). The
             last segments keep their graph, as many as fit, and are not run again: from pure replay at 0 to full
             back-propagation. It also bounds how many segments `prepare` and `readout` take at once. By default
@@ -82,8 +83,8 @@ def memory_replay(
     parameters, parameter hooks: called once, with None where the loss does not reach a parameter in use. The rollout is
     one node of the autograd graph: DistributedDataParallel, GradScaler, gradient accumulation need no special code, nor
     does `fully_shard` of one module whose forward is the rollout. An exception in any segment, forward or backward,
-    leaves `.grad`, buffers, random state and the given state as they were. Hooks of modules inside the cell run in both
-    passes.
+    leaves `.grad`, buffers and random state as they were, and the given state, unless the cell itself had modified it
+    in place. Hooks of modules inside the cell run in both passes.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
@@ -102,7 +103,7 @@ def memory_replay(
     for argument, given, known in (("method", method, METHODS), ("reduction", reduction, REDUCTIONS)):
         if given not in known:
             checks.fail(OP, argument, f"be one of {', '.join(known)}", repr(given))
-    _check_budget(activation_budget)
+    check_budget(OP, activation_budget)
     if reduction != "none" and not segments:
         checks.fail(OP, "segments", f'hold at least one segment with reduction="{reduction}"', "none")
     weight = {"none": None, "sum": 1.0, "mean": 1 / max(len(segments), 1)}[reduction]
@@ -151,7 +152,9 @@ def _replay(
     budget = budget_in_bytes(activation_budget, surroundings.devices)
     # a gradient scaler's factor arrives with the backward, too late for a gradient in float16 that is made before
     readout = isinstance(cell, StagedCell) and cell.readout is not None
-    early = weight if readout and torch.is_grad_enabled() and not surroundings.autocast.to(torch.float16) else None
+    half = any(t.dtype == torch.float16 for t in (*parameters, *given.tensors()))
+    half = half or surroundings.autocast.to(torch.float16)
+    early = weight if readout and torch.is_grad_enabled() and not half else None
     versions = dict(zip(parameters, versions_of(parameters), strict=True))
 
     def rollout(parts: Parts, given: Tree, weight: float | None) -> tuple[Any, Any]:
@@ -181,13 +184,3 @@ def _replay(
 
 def _reduced(outputs: list[Any], weight: float | None) -> Any:
     return outputs if weight is None else weighed_sum(outputs, weight)
-
-
-def _check_budget(budget: Any) -> None:
-    if budget is None or isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
-        return
-    if isinstance(budget, float) and 0 <= budget <= 1:
-        if not torch.cuda.is_available():
-            checks.fail(OP, "activation_budget", "be a number of bytes where there is no GPU", repr(budget))
-        return
-    checks.fail(OP, "activation_budget", "be bytes from 0 up, or a part of free memory from 0.0 to 1.0", repr(budget))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from memformer_kernels import checks
+
 
 class Count:
     """Bytes that graphs hold, each storage once, without those of known tensors and parameters."""
@@ -35,6 +37,16 @@ def counting(known: Sequence[Tensor]) -> Iterator[Count]:
     count = Count(known)
     with torch.autograd.graph.saved_tensors_hooks(count.add, lambda tensor: tensor):
         yield count
+
+
+def check_budget(op: str, budget: Any) -> None:
+    if budget is None or isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
+        return
+    if isinstance(budget, float) and 0 <= budget <= 1:
+        if not torch.cuda.is_available():
+            checks.fail(op, "activation_budget", "be a number of bytes where there is no GPU", repr(budget))
+        return
+    checks.fail(op, "activation_budget", "be bytes from 0 up, or a part of free memory from 0.0 to 1.0", repr(budget))
 
 
 LARGE_GROUP = 2**26  # bytes of graphs of segments at once: more are no faster

@@ -74,6 +74,8 @@ class Form:
 def _form_of(leaf: Any) -> tuple:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
+    if not isinstance(leaf == leaf, bool):  # an array, say, which may change
+        raise NotCapturable(f"its segments or its state hold a {type(leaf).__name__}")
     return type(leaf), leaf
 
 

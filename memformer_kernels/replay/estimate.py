@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from memformer_kernels.replay.budget import Keeper, budget_in_bytes, groups_of
+from memformer_kernels.replay.budget import Keeper, budget_in_bytes, check_budget, groups_of
 from memformer_kernels.replay.captured import CapturedCell
 from memformer_kernels.replay.python_part import PythonPart
 from memformer_kernels.replay.rollout import Passes
@@ -76,6 +76,7 @@ def estimate(
     cell = cell.cell if isinstance(cell, CapturedCell) else cell
     if not segments:
         raise ValueError("explain: segments must hold at least one segment, got none")
+    check_budget("explain", activation_budget)
     given = Tree.of(([segments[0]], state))
     surroundings = Surroundings.of(modules_of(cell), given.tensors())
     modules, budget = surroundings.modules, budget_in_bytes(activation_budget, surroundings.devices)

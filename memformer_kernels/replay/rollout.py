@@ -104,6 +104,7 @@ class Passes:
     weight: float | None
     lanes: Lanes = field(default_factory=Lanes)
     once: bool = False
+    places: list[tuple[int, str, int]] = field(default_factory=list)  # of the parameters, after the forward
 
     def forward(self, given: Tree, versions: dict[Tensor, int]) -> Tree:
         """Of `(segments, state)`: outputs and last state, without a graph. `versions` are the parameters'."""
@@ -138,6 +139,8 @@ class Passes:
 
         def scaled(number: int, *, where_it_lies: bool = False) -> Tensor:
             grad, values[number] = values[number], None
+            if grad.dtype == torch.float16:  # which a gradient scaler's factor may not fit
+                return (grad.float() * of_loss).to(grad.dtype)
             factor = of_loss.to(grad.dtype)
             return grad.mul_(factor) if where_it_lies else grad * factor
 
@@ -201,6 +204,7 @@ def differentiable(passes: Passes, versions: dict[Tensor, int], given: Tree) -> 
     """A rollout of `(segments, state)` as one node of the autograd graph: outputs and last state."""
     with passes.surroundings.kept_if_raises():
         result = passes.forward(given, versions)
+    passes.places = passes.surroundings.modules.parameter_places()
     returned = _Replay.apply(passes, result.tensors(), *given.tensors(), *passes.tape.parameters)
     return result.replace(returned).whole()
 
@@ -234,6 +238,12 @@ class _Replay(torch.autograd.Function):
             if version != versions[parameter] or not parameter.requires_grad:
                 change = "modified" if parameter.requires_grad else "frozen"
                 raise RuntimeError(f"{rule}, got a {change} parameter of shape {list(parameter.shape)}")
+        frozen = [p for p in versions if not p.requires_grad]
+        for parameter, version in zip(frozen, versions_of(frozen), strict=True):
+            if version != versions[parameter]:
+                raise RuntimeError(f"{rule}, got a modified parameter of shape {list(parameter.shape)}")
+        if passes.surroundings.modules.parameter_places() != passes.places:
+            raise RuntimeError(f"{rule}, got a parameter in the place of another")
         try:
             saved = iter(ctx.saved_tensors)
         except RuntimeError as error:

@@ -1,6 +1,7 @@
 """What a segment's result depends on besides its arguments: random state, autocast, modules. Recorded, put back."""
 
 import contextlib
+import copy
 import functools
 import inspect
 import operator
@@ -103,6 +104,18 @@ class Autocast:
             torch.clear_autocast_cache()
 
 
+Buffers = Sequence[Tensor | None]
+
+
+def _copies(buffers: Buffers) -> Buffers:
+    """Of each one; those that share memory share it as copies too."""
+    tensors = [b for b in buffers if b is not None]
+    memory = {b.untyped_storage().data_ptr() if b.layout == torch.strided else id(b) for b in tensors}
+    if len(memory) < len(tensors):
+        return copy.deepcopy([None if b is None else b.detach() for b in buffers])
+    return [None if b is None else b.detach().clone() for b in buffers]
+
+
 class ModuleState:
     """What a cell's modules hold: parameters, which they keep; buffers, and whether they train or evaluate.
 
@@ -111,33 +124,37 @@ class ModuleState:
 
     def __init__(self, modules: Sequence[nn.Module]):
         self.owners = _with_children(modules)
-        self.places = [
-            (m, name) for m in self.owners for name, b in m._buffers.items() if b is not None and not b.requires_grad
+        self.places = [  # those of None too, which the cell may fill
+            (m, name)
+            for m in self.owners
+            for name, b in m._buffers.items()
+            if b is None or not (b.requires_grad or is_lazy(b))
         ]
         found = {id(p): p for m in self.owners for p in m._parameters.values() if p is not None and not is_lazy(p)}
         self.parameters = list(found.values())
         self.stand_ins: Mapping[Tensor, Tensor] = {}
-        self._recorded: tuple[list[Tensor], list[int], list[Tensor]] = ([], [], [])
+        self._recorded: tuple[Buffers, list[int], Buffers] = ([], [], [])
 
-    def buffers(self) -> list[Tensor]:
+    def buffers(self) -> Buffers:
         return [module._buffers[name] for module, name in self.places]
 
-    def copies(self) -> list[Tensor]:
-        return [b.detach().clone() for b in self.buffers()]
+    def parameter_places(self) -> list[tuple[int, str, int]]:
+        """Which parameter stands where, by identity: of tensors that somebody else keeps."""
+        return [(id(m), name, id(p)) for m in self.owners for name, p in m._parameters.items()]
 
-    def record(self) -> tuple[list[Tensor], list[bool]]:
+    def record(self) -> tuple[Buffers, list[bool]]:
         """What `swapped` takes. Copies only when a buffer has changed: constant buffers cost one copy a rollout."""
         now, versions = self.buffers(), versions_of(self.buffers())
         if not (all(map(operator.is_, now, self._recorded[0])) and versions == self._recorded[1]):
-            self._recorded = (now, versions, self.copies())
+            self._recorded = (now, versions, _copies(now))
         return self._recorded[2], [m.training for m in self.owners]
 
     @contextlib.contextmanager
-    def swapped(self, recorded: tuple[list[Tensor], list[bool]]) -> Iterator[None]:
+    def swapped(self, recorded: tuple[Buffers, list[bool]]) -> Iterator[None]:
         """Runs on copies of recorded values; the modules get their own tensors and modes back untouched."""
         originals, modes = self.buffers(), [m.training for m in self.owners]
         try:
-            self._put([value.clone() for value in recorded[0]], recorded[1])
+            self._put(_copies(recorded[0]), recorded[1])
             yield
         finally:
             self._put(originals, modes)
@@ -167,17 +184,18 @@ class ModuleState:
     @contextlib.contextmanager
     def kept_if_raises(self) -> Iterator[None]:
         """Puts the buffers back, the same tensors with the same values, when an exception passes."""
-        originals, values, modes = self.buffers(), self.copies(), [m.training for m in self.owners]
+        originals, modes = self.buffers(), [m.training for m in self.owners]
+        values = _copies(originals)
         try:
             yield
         except BaseException:
             for original, value in zip(originals, values, strict=True):
-                if not same_bits(original, value):
+                if original is not None and not same_bits(original, value):
                     original.copy_(value)
             self._put(originals, modes)
             raise
 
-    def _put(self, buffers: Sequence[Tensor], modes: Sequence[bool]) -> None:
+    def _put(self, buffers: Buffers, modes: Sequence[bool]) -> None:
         for (module, name), buffer in zip(self.places, buffers, strict=True):
             module._buffers[name] = buffer
         for module, mode in zip(self.owners, modes, strict=True):
@@ -210,36 +228,54 @@ class Surroundings:
 def modules_of(cell: Any) -> list[nn.Module]:
     """The modules that a cell is, is bound to, closes over, or refers to by name.
 
-    Followed: functions but those of libraries, partials, bound methods, lists, tuples and dicts; and of objects and
-    Python modules the attributes that the functions before them name, of objects also those that can be followed.
+    Followed: functions but those of libraries, partials, bound methods, lists, tuples, sets and dicts; of objects,
+    their classes and Python modules the attributes that these functions name, of objects also those that can be
+    followed; of a module the latter, and its class' `forward`.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
-    names = {"__call__"}
+    names, looked_at = {"__call__"}, 0
+    objects: list[Any] = []
     pending = [cell]
-    while pending:
+    while pending or looked_at < len(names):
+        if not pending:  # what objects hold under names that were not known when they came
+            looked_at = len(names)
+            pending = [held for thing in objects for held in _held_under(names, thing)]
+            continue
         thing = pending.pop()
         if id(thing) in seen or isinstance(thing, type):
             continue
         seen.add(id(thing))
         if isinstance(thing, nn.Module):
             found[id(thing)] = thing
+            pending += thing._modules.values()
+            if not _of_a_library(type(thing)):
+                pending += [v for n, v in vars(thing).items() if n not in _OWN and isinstance(v, _FOLLOWED)]
+                pending.append(type(thing).forward)
         elif isinstance(thing, functools.partial):
             pending += [*thing.args, *thing.keywords.values(), thing.func]
         elif inspect.ismethod(thing):
             pending += [thing.__self__, thing.__func__]
         elif inspect.isfunction(thing):
-            if (thing.__module__ or "").partition(".")[0] not in _LIBRARIES:
+            if not _of_a_library(thing):
                 used = _names_in(thing.__code__)
                 names |= used
                 pending += [*_bound_in(thing), *(thing.__globals__[n] for n in used if n in thing.__globals__)]
-        elif isinstance(thing, list | tuple | dict):
+        elif isinstance(thing, list | tuple | set | frozenset | dict):
             pending += [v for v in (thing.values() if isinstance(thing, dict) else thing) if isinstance(v, _FOLLOWED)]
         else:
-            follow = () if inspect.ismodule(thing) else _FOLLOWED
-            pending += [v for n, v in attributes_of(thing).items() if n in names or isinstance(v, follow)]
-            pending += [f for n in names if inspect.isfunction(f := getattr(type(thing), n, None))]
+            if not _of_a_library(type(thing)):
+                objects.append(thing)
+            pending += _held_under(names, thing)
     return list(found.values())
+
+
+def _held_under(names: set[str], thing: Any) -> Iterator[Any]:
+    """What an object or a Python module holds under these names, and of objects what can be followed."""
+    follow = () if inspect.ismodule(thing) else _FOLLOWED
+    yield from (v for n, v in attributes_of(thing).items() if n in names or isinstance(v, follow))
+    if not _of_a_library(type(thing)):
+        yield from (v for n in names if isinstance(v := getattr(type(thing), n, None), _FOLLOWED))
 
 
 def _with_children(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -254,8 +290,13 @@ def _with_children(modules: Sequence[nn.Module]) -> list[nn.Module]:
     return list(found.values())
 
 
+_OWN = frozenset(vars(nn.Module()))  # of every module: parameters, buffers, hooks
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy"}
-_FOLLOWED = (nn.Module, functools.partial, types.MethodType, types.FunctionType, list, tuple, dict)
+_FOLLOWED = (nn.Module, functools.partial, types.MethodType, types.FunctionType, list, tuple, set, frozenset, dict)
+
+
+def _of_a_library(thing: type | types.FunctionType) -> bool:
+    return (thing.__module__ or "").partition(".")[0] in _LIBRARIES
 
 
 def _names_in(code: types.CodeType) -> set[str]:
@@ -272,9 +313,20 @@ def _bound_in(function: types.FunctionType) -> Iterator[Any]:
     yield from (function.__kwdefaults__ or {}).values()
 
 
-def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
     """Version counters: a modification in place is a change of one. Inference tensors have none, nor can change."""
-    return [-1 if t.is_inference() else t._version for t in tensors]
+    return [-1 if t is None or t.is_inference() else t._version for t in tensors]
+
+
+@contextlib.contextmanager
+def unmodified(given: Sequence[Tensor], label: str) -> Iterator[None]:
+    """Refuses a call of the cell that modifies what it is given."""
+    versions = versions_of(given)
+    yield
+    if versions_of(given) != versions:
+        raise RuntimeError(
+            f"memory_replay: cell must not modify its segment or its state in place, got a change in {label}"
+        )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -283,4 +335,5 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return True
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+    a, b = (t.detach() if t.layout == torch.strided else t.detach().to_dense() for t in (a, b))
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from memformer_kernels.replay.budget import LARGE_GROUP
+from memformer_kernels.replay.surroundings import unmodified
 from memformer_kernels.replay.totals import Totals
 from memformer_kernels.replay.tree import Tree, as_leaf
 
@@ -92,12 +93,16 @@ class Tape:
     _numbers: dict[int, int] = field(default_factory=dict)  # of values, by the identity of their tensors
 
     def admit(self, tree: Tree) -> Tree:
-        """The tree's tensors, without their graphs, as values."""
-        tree = tree.cut()
-        for tensor in tree.tensors():
+        """The tree's tensors, without their graphs, as values: each a tensor of its own, also where one stands there
+        twice or is a value already."""
+        own = []
+        for tensor in (tree := tree.cut()).tensors():
+            if id(tensor) in self._numbers:
+                tensor = tensor.detach().requires_grad_(tensor.requires_grad)
             self._numbers[id(tensor)] = len(self.values)
             self.values.append(tensor)
-        return tree
+            own.append(tensor)
+        return tree.replace(own)
 
     def numbers(self, tree: Tree) -> list[int]:
         return [self._numbers[id(t)] for t in tree.tensors()]
@@ -152,4 +157,6 @@ class NoTape:
         return tree
 
     def call(self, part: Part, label: str, left: int, *arguments: Any) -> Any:
-        return part.run_only(Tree.of(arguments)).whole()
+        given = Tree.of(arguments)
+        with unmodified(given.tensors(), label):
+            return part.run_only(given).whole()

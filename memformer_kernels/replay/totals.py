@@ -33,12 +33,12 @@ class Totals:
             yield
 
     def takes(self, parameter: Tensor) -> bool:
-        return True
+        """As a sink for what is delivered inside `taking`, in any thread: by other models too."""
+        return parameter in self._parameter_of
 
     def add(self, parameters: Sequence[Tensor | None], make: Make) -> Gradients:
-        """As a sink for what is delivered inside `taking`."""
-        of = (None if p is None else self._parameter_of.get(p, p) for p in parameters)
-        return make([self._total(p) if p is not None and p.requires_grad else None for p in of])
+        of = (None if p is None else self._parameter_of.get(p) for p in parameters)
+        return make([None if p is None else self._total(p) for p in of])
 
     def lend(self, sums: Mapping[Tensor, Tensor]) -> None:
         """Adds sums that somebody will overwrite after the next `own()`."""

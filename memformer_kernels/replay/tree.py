@@ -92,5 +92,6 @@ def _holds_graph(thing: Any) -> bool:
 
 def attributes_of(thing: Any) -> dict[str, Any]:
     """What an object holds under a name."""
-    slots = {name: getattr(thing, name, None) for name in getattr(type(thing), "__slots__", ())}
+    named = (name for kind in type(thing).__mro__ for name in vars(kind).get("__slots__", ()))
+    slots = {name: getattr(thing, name, None) for name in named}
     return {**slots, **getattr(thing, "__dict__", {})}
