@@ -243,6 +243,10 @@ def test_ctrl_c_saves_and_resume_ends_where_the_whole_run_does(tmp_path, text):
         (["train", "--method", "magic"], 1, "method must be one of"),
         (["train", "--device", "tpu"], 2, "no such device"),
         (["train", "--device", "cuda:7"], 2, "GPUs here"),
+        (["train", "--device", "meta"], 2, "device must be cpu or a GPU, such as cuda:1, got meta"),
+        (["train", "--save-every", "0"], 1, "save-every must be at least 1, got 0"),
+        (["train", "--validate-every", "0"], 1, "validate-every must be at least 1, got 0"),
+        (["generate", "{run}", "--temperature", "nan"], 1, "temperature must be at least 0, got nan"),
         (["train", "--resume", "--out", "{absent}"], 1, "holds no run to resume"),
         (["train", "--out", "{binary}/run"], 1, "Not a directory"),
         (["train", "--colour"], 2, "No such option"),
@@ -258,7 +262,7 @@ def test_ctrl_c_saves_and_resume_ends_where_the_whole_run_does(tmp_path, text):
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(arguments, code, says, tmp_path, run, monkeypatch, capsys):
-    places = {name: tmp_path / name for name in ("absent", "binary", "empty", "damaged", "foreign")}
+    places = {name: tmp_path / name for name in ("absent", "binary", "empty", "damaged", "foreign")} | {"run": run[0]}
     places["binary"].write_bytes(b"\0\1\2")
     places["empty"].mkdir()
     places["damaged"].mkdir()

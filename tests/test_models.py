@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -224,10 +225,12 @@ def test_wrong_segments_are_refused(model, text):
     name = type(model).__name__
     with pytest.raises(ValueError, match=f"{name}: tokens must hold at most segment_length = 5 a segment, got 6"):
         call(text[:, :6])
-    with pytest.raises(ValueError, match=rf"{name}: tokens must be integer \[B, L\], got torch.int64 \[17\]"):
+    rule = rf"{name}: tokens must be int64 or int32 \[B, L\]"
+    with pytest.raises(ValueError, match=rf"{rule}, got torch.int64 \[17\]"):
         call(text[0])
-    with pytest.raises(ValueError, match=rf"{name}: tokens must be integer \[B, L\], got torch.float32 \[2, 5\]"):
-        call(text[:, :L].float())
+    for dtype in (torch.float32, torch.uint8, torch.bool):
+        with pytest.raises(ValueError, match=rf"{rule}, got {dtype} \[2, 5\]"):
+            call(text[:, :L].to(dtype))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -314,9 +317,21 @@ def test_generation_refuses_what_it_cannot_do(lm, text):
     for prompt in (text[:, :0], text[0]):
         with pytest.raises(ValueError, match=r"generate: prompt must be \[B, P\] with P >= 1, got \["):
             generate(lm, prompt, 3)
-    for name, value, least in (("length", -1, 0), ("temperature", -0.5, 0), ("top_k", 0, 1)):
+    for name, value, least in (
+        ("length", -1, 0),
+        ("temperature", -0.5, 0),
+        ("temperature", math.nan, 0),
+        ("top_k", 0, 1),
+    ):
         with pytest.raises(ValueError, match=f"generate: {name} must be at least {least}, got {value}"):
             generate(lm, text, **{"length": 1, name: value})
+    _, decoding = generate(lm, text, 1)
+    with pytest.raises(ValueError, match="generate: decoding must be of this model"):
+        generate(copy.deepcopy(lm), text, 1, decoding=decoding)
+    with pytest.raises(ValueError, match="tokens must be integer"):
+        generate(lm, text == 1, 1)
+    made, _ = generate(lm, text, 4, temperature=0)
+    assert torch.equal(generate(lm, text.to(torch.uint8), 4, temperature=0)[0], made) and made.dtype == torch.int64
 
 
 # Saving and loading
@@ -329,6 +344,14 @@ def test_saved_model_comes_back_bit_for_bit(model, tmp_path, dtype, same_bits):
     loaded = type(model).from_pretrained(tmp_path / "new" / "folder")
     assert loaded.config == model.config
     assert same_bits(loaded.state_dict(), model.state_dict())
+
+
+def test_a_model_of_several_dtypes_comes_back_bit_for_bit(model, tmp_path, same_bits):
+    mixed = copy.deepcopy(model).bfloat16()
+    next(mixed.children()).float()
+    mixed.save_pretrained(tmp_path)
+    assert len({p.dtype for p in mixed.parameters()}) == 2
+    assert same_bits(type(model).from_pretrained(tmp_path).state_dict(), mixed.state_dict())
 
 
 @pytest.fixture

@@ -432,6 +432,8 @@ def test_wrong_rows_and_states_are_refused(model, text):
         texts.load_state({"memory": state["memory"]})
     with pytest.raises(ValueError, match=r"stream: state 'logits' must be \[3, 11\], got \[2, 11\]"):
         texts.load_state({**state, "logits": state["logits"][:2]})
+    with pytest.raises(ValueError, match="stream: state 'tokens' must be from 0 to 10"):
+        texts.load_state({**state, "tokens": torch.full_like(state["tokens"], 999)})
     with pytest.raises(ValueError, match="stream: state 'filled' must be from 0 to 4, got"):
         texts.load_state({**state, "filled": state["filled"] + L})
 

@@ -163,6 +163,18 @@ def test_a_run_that_the_clock_stopped_goes_on_to_the_same_end(tmp_path, text):
     assert (whole.path / "model.safetensors").read_bytes() == (stopped.path / "model.safetensors").read_bytes()
 
 
+def test_a_line_of_metrics_that_was_cut_short_is_left_out(tmp_path, text):
+    folder = RunFolder(tmp_path / "run")
+    run(trainer(text), folder, report_every=3, time_limit=0)
+    with open(folder.metrics, "a") as file:
+        file.write('{"step": 2, "lo')
+    run(trainer(text), folder, resume=True, report_every=3)
+    assert [row["step"] for row in folder.rows()] == [1, 3, 6, 9, 12, 12]
+    folder.metrics.write_text("{\n" + folder.metrics.read_text())
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1 is no JSON"):
+        folder.rows()
+
+
 def test_other_text_is_refused_and_nothing_is_half_loaded(tmp_path, text):
     some = trainer(text)
     some.step()

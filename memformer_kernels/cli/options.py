@@ -46,6 +46,8 @@ def find_device(name: str):
         device = torch.device(name)
     except RuntimeError:
         raise typer.BadParameter(f"no such device: {name!r}; cpu, cuda or cuda:1, say") from None
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or a GPU, such as cuda:1, got {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise typer.BadParameter(f"{name}: torch sees {torch.cuda.device_count()} GPUs here; --device cpu runs without")
     return device

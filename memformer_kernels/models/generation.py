@@ -1,5 +1,7 @@
 """Sampling from a model, token after token, with the memory carried: any length, constant memory."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,17 +34,22 @@ def generate(
         generator: the source of randomness; PyTorch's default one otherwise.
 
     Returns:
-        The new tokens [B, length], and the decoding to go on from.
+        The new tokens, int64 [B, length], and the decoding to go on from.
+
+    Raises:
+        ValueError: an argument breaks a rule above, or `decoding` is of another model; nothing has been read then.
     """
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"generate: prompt must be [B, P] with P >= 1, got {list(prompt.shape)}")
     for name, value, least in (("length", length, 0), ("temperature", temperature, 0), ("top_k", top_k, 1)):
-        if value is not None and value < least:
+        if value is not None and not least <= value < math.inf:
             raise ValueError(f"generate: {name} must be at least {least}, got {value}")
+    if decoding is not None and decoding.model is not model:
+        raise ValueError("generate: decoding must be of this model, got one of another")
     if decoding is None:
         decoding = model.start(prompt.shape[0])
     logits = decoding.read_prompt(prompt)
-    made = prompt.new_empty(prompt.shape[0], length)
+    made = prompt.new_empty(prompt.shape[0], length, dtype=torch.int64)
     for i in range(length):
         made[:, i] = token = _sample(logits, temperature, top_k, generator)
         if i + 1 < length:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from memformer_kernels.state import files
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Model = TypeVar("Model", bound="Pretrained")
 
 
@@ -45,8 +47,10 @@ class Pretrained(nn.Module):
             raise files.StateFileError(
                 f"{path / 'config.json'}: must be the configuration that the weights were saved with"
             )
-        dtypes = {tensor.dtype for tensor in weights.values()}
-        model = cls(dataclasses.replace(config, **changes)).to(dtypes.pop() if len(dtypes) == 1 else None)
+        model = cls(dataclasses.replace(config, **changes))
+        for name, own in (*model.named_parameters(), *model.named_buffers()):
+            if name in weights and weights[name].is_floating_point():
+                own.data = own.data.to(weights[name].dtype)
         files.check_expected(path / "model.safetensors", weights, model.state_dict())
         model.load_state_dict(weights)
         return model
@@ -63,8 +67,8 @@ class Pretrained(nn.Module):
         return cls.config_class(**fields)
 
     def check_segment(self, tokens: Tensor) -> None:
-        """Tokens of one segment."""
-        self.check_tokens(tokens)
+        """Tokens of one segment, which an embedding takes."""
+        self._check_tokens(tokens, (torch.int64, torch.int32), "int64 or int32")
         if tokens.shape[1] > self.config.segment_length:
             raise ValueError(
                 f"{type(self).__name__}: tokens must hold at most segment_length = {self.config.segment_length} "
@@ -72,10 +76,12 @@ class Pretrained(nn.Module):
             )
 
     def check_tokens(self, tokens: Tensor) -> None:
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise ValueError(
-                f"{type(self).__name__}: tokens must be integer [B, L], got {tokens.dtype} {list(tokens.shape)}"
-            )
+        self._check_tokens(tokens, INTEGERS, "integer")
+
+    def _check_tokens(self, tokens: Tensor, dtypes: tuple[torch.dtype, ...], named: str) -> None:
+        if tokens.dim() != 2 or tokens.dtype not in dtypes:
+            got = f"{tokens.dtype} {list(tokens.shape)}"
+            raise ValueError(f"{type(self).__name__}: tokens must be {named} [B, L], got {got}")
 
 
 def model_name(folder: str | Path) -> str:

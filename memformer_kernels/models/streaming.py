@@ -132,6 +132,9 @@ class Stream:
         filled = state["filled"]
         if len(filled) and not 0 <= int(filled.min()) <= int(filled.max()) < self._length:
             raise ValueError(f"stream: state 'filled' must be from 0 to {self._length - 1}, got {filled.tolist()}")
+        tokens, vocabulary = state["tokens"], self.model.config.vocabulary
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise ValueError(f"stream: state 'tokens' must be from 0 to {vocabulary - 1}")
 
     @apart
     def save(

@@ -58,9 +58,16 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict]:
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        """What was logged. A last line that was cut short, by a crash, is none."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise ValueError(f"{self.metrics}: line {number} is no JSON: {error}") from None
+        return rows
 
     def _forget_after(self, step: int) -> None:
         """Rows written after the checkpoint belong to steps that will be made again."""
@@ -85,6 +92,9 @@ def run(
     stops at once, with the last checkpoint intact. Of many ranks the first one reports and writes, and all stop at the
     same step.
     """
+    for name, every in (("validate-every", validate_every), ("save-every", save_every)):
+        if every < 1:
+            raise ValueError(f"train: {name} must be at least 1, got {every}")
     ranks = trainer.ranks
     folder.start(trainer, resume)
 
