@@ -82,7 +82,10 @@ class CapturedCell:
         if latest is None or latest.draws:
             return
         arguments, known = Tree.of((self.chunks(segments)[0], state)), latest.form
-        form = Form.of(arguments, asked, known.weight and weight, known.training, known.autocast)
+        try:
+            form = Form.of(arguments, asked, known.weight and weight, known.training, known.autocast)
+        except NotCapturable:  # which is said in its turn
+            return
         if form == known:
             self._store.ahead = Ahead(latest, latest.run_again(arguments, None))
 
