@@ -39,16 +39,6 @@ def counting(known: Sequence[Tensor]) -> Iterator[Count]:
         yield count
 
 
-def check_budget(op: str, budget: Any) -> None:
-    if budget is None or isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
-        return
-    if isinstance(budget, float) and 0 <= budget <= 1:
-        if not torch.cuda.is_available():
-            checks.fail(op, "activation_budget", "be a number of bytes where there is no GPU", repr(budget))
-        return
-    checks.fail(op, "activation_budget", "be bytes from 0 up, or a part of free memory from 0.0 to 1.0", repr(budget))
-
-
 LARGE_GROUP = 2**26  # bytes of graphs of segments at once: more are no faster
 LARGE_GRAPH = 2**27  # bytes of a segment's graph, of work that fills a GPU: beside another it is no faster
 
@@ -95,6 +85,16 @@ def groups_of(left: int, bytes_each: int, budget: int | None) -> int:
     """Segments of the next of as few and as equal groups as the budget allows."""
     most = left if budget is None else max(1, budget // max(bytes_each, 1))
     return -(-left // -(-left // most))
+
+
+def check_budget(op: str, budget: Any) -> None:
+    if budget is None or isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
+        return
+    if isinstance(budget, float) and 0 <= budget <= 1:
+        if not torch.cuda.is_available():
+            checks.fail(op, "activation_budget", "be a number of bytes where there is no GPU", repr(budget))
+        return
+    checks.fail(op, "activation_budget", "be bytes from 0 up, or a part of free memory from 0.0 to 1.0", repr(budget))
 
 
 def budget_in_bytes(given: int | float | None, devices: Sequence[torch.device]) -> int | None:
