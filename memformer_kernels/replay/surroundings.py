@@ -279,9 +279,9 @@ def _held_under(names: set[str], thing: Any) -> Iterator[Any]:
 
 
 def _with_children(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Each once. `nn.Module.modules()` does the same, and makes up names on its way."""
+    """Each once, the first before its children. `nn.Module.modules()` does the same, and makes up names on its way."""
     found: dict[int, nn.Module] = {}
-    pending = list(modules)
+    pending = list(reversed(modules))
     while pending:
         module = pending.pop()
         if module is not None and id(module) not in found:
