@@ -160,6 +160,19 @@ def test_half_precision_without_autocast_survives_a_scaled_loss(way):
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
         assert model.head.weight.grad.abs().max() > 1
 
+    net = nn.Linear(3, 3)
+
+    def advance(x, h):
+        with torch.autocast("cpu", torch.float16):  # inside, where a rollout does not see it
+            return net(x), h
+
+    parts = StagedCell(advance, readout=lambda features, _: [f.float().mean() for f in features])
+    cell, found = CapturedCell(parts, always=True) if way == "captured" else parts, []
+    for method in ("replay", "bptt"):
+        loss, _ = memory_replay(cell, SEGMENTS, torch.zeros(3), reduction="mean", method=method)
+        found.append(torch.autograd.grad(loss * 65536, net.bias)[0])
+    torch.testing.assert_close(*found, rtol=2e-3, atol=0)
+
 
 @pytest.mark.parametrize("way", ["as it is", "captured"])
 def test_half_precision_without_autocast_makes_no_gradient_early(way):

@@ -23,7 +23,7 @@ constexpr int kWarpChannels = kElementsPerThread * kWarpSize;  // of a row that 
 // Rows of one slot that are in flight together, and the threads that leave registers for them (65,536 a block): 256
 // threads hold rows of 4096 channels, 512 a single row of 8192. With 1024 threads a row, its gradient and the gradient
 // of the bias would not fit in the 64 registers of each.
-constexpr int kForwardRows = 2;  // up to kWarpChannels; blocks of one wider row each are 1 to 4 % faster
+constexpr int kForwardRows = 2;  // up to kWarpChannels; of wider rows a block has one: docs/notebook.md
 constexpr int kBackwardRows = 2;
 template <int kRows>
 constexpr int kThreadLimit = kRows > 1 ? 256 : 512;
